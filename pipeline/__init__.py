@@ -1,0 +1,1 @@
+"""Precomputed, compressed visual context: encode a corpus once, keep what carries information."""

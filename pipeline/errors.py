@@ -1,0 +1,113 @@
+"""Every exception this project raises on purpose, and the exit codes of a run.
+
+Each error is one of ours (`PipelineError`) and also the builtin a caller would expect, so both
+`except PipelineError` and `except ValueError` work.
+"""
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """Exit code of a run, also found in its `summary.json`."""
+
+    OK = 0
+    CONFIG = 2  # nothing was started: the configuration, input or output is wrong
+    PARTIAL = 3  # some shards failed, or committed rows hide each other (duplicate keys)
+    NOTHING_COMMITTED = 4  # every shard that was tried failed
+    INTERRUPTED = 75  # stopped by a signal; the same command resumes
+
+
+class PipelineError(Exception):
+    """Base of all errors raised on purpose."""
+
+
+class ConfigError(PipelineError, ValueError):
+    """The configuration is wrong; raised before any weight is loaded."""
+
+
+class MissingSignalError(ConfigError):
+    """A carver asks for a signal that the encoder cannot give."""
+
+
+class SampleError(PipelineError, ValueError):
+    """One sample cannot be used; the rest of its shard is not affected.
+
+    Attributes:
+        key: the sample's key.
+        reason: a short stable code, counted in the commit record (for example `corrupt_image`).
+    """
+
+    stage = "source"
+
+    def __init__(self, message: str, *, key: str, reason: str) -> None:
+        super().__init__(message)
+        self.key = key
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Keep the keyword arguments when the error crosses a process boundary."""
+        return (_rebuild_sample_error, (type(self), str(self), self.key, self.reason))
+
+
+class DecodeError(SampleError):
+    """An image cannot be decoded."""
+
+    stage = "decode"
+
+
+class ShardError(PipelineError, ValueError):
+    """A whole shard cannot be used and trying again would not help.
+
+    Attributes:
+        shard: URL of the shard.
+        reason: a short stable code (for example `truncated`).
+    """
+
+    def __init__(self, message: str, *, shard: str, reason: str) -> None:
+        super().__init__(message)
+        self.shard = shard
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Keep the keyword arguments when the error crosses a process boundary."""
+        return (_rebuild_shard_error, (type(self), str(self), self.shard, self.reason))
+
+
+class StorageError(PipelineError, OSError):
+    """A store did not do what was asked, after all retries."""
+
+
+class AlreadyExistsError(StorageError, FileExistsError):
+    """A put-if-absent found an object in its place."""
+
+
+class NotFoundError(StorageError, FileNotFoundError):
+    """An object does not exist."""
+
+
+class NonFiniteError(PipelineError, ValueError):
+    """NaN or infinity where numbers are stored."""
+
+
+class CacheFormatError(PipelineError, ValueError):
+    """Stored bytes are not what the format says: damaged, foreign, or of a newer version."""
+
+
+class KeyNotFoundError(PipelineError, KeyError):
+    """The cache holds no image of this key."""
+
+    def __str__(self) -> str:
+        """Return the message without the quotes KeyError adds."""
+        return str(self.args[0])
+
+
+def _rebuild_sample_error(
+    kind: type[SampleError], message: str, key: str, reason: str
+) -> SampleError:
+    return kind(message, key=key, reason=reason)
+
+
+def _rebuild_shard_error(
+    kind: type[ShardError], message: str, shard: str, reason: str
+) -> ShardError:
+    return kind(message, shard=shard, reason=reason)

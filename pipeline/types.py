@@ -1,0 +1,78 @@
+"""The values that flow through the pipeline. No logic.
+
+Shape letters, used in comments here and as suffixes of local tensors everywhere:
+B images of one grid, N visual tokens of an image, K tokens kept, D feature width, H heads.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+SIGNALS: Mapping[str, str] = {
+    "cls_attention": "(B, N) attention of the class token to each visual token, mean over heads",
+    "received_attention": "(B, N) mean attention a visual token receives from all visual tokens",
+    "keys": "(B, N, D') key vectors of the attention of the selected tower layer, heads joined",
+    "attention_output": "(B, N, D') output of the attention of the selected tower layer",
+    "llm_hidden": "(B, N, D') hidden states after the first decoder layers, fixed prompt",
+    "llm_attention": "(B, N) attention of the last prompt token in those layers, mean over heads",
+}
+"""Every signal an encoder may give and a carver may need; all are float32."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """One image of a shard, still encoded."""
+
+    key: str  # unique within its shard
+    image: bytes  # encoded file
+    suffix: str  # of the image member, lower case, without the dot
+    columns: Mapping[str, bytes] = field(default_factory=dict)  # other members, by suffix
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RejectedSample:
+    """One sample that could not be used, as it goes to `errors.parquet`."""
+
+    key: str
+    stage: str  # source, decode, encode
+    reason: str  # short stable code
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardRef:
+    """One input shard as a listing shows it."""
+
+    url: str
+    size: int  # bytes
+    etag: str  # changes when the content does; "" where the store gives none
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VisualTokens:
+    """The tokens of B images that share one grid."""
+
+    features: Tensor  # (B, N, D) any float dtype
+    grid: tuple[int, int]  # rows, columns; rows * columns == N
+    signals: Mapping[str, Tensor] = field(default_factory=dict)  # name -> (B, N) or (B, N, *) f32
+    image_indices: tuple[int, ...] | None = None  # place of each image in the encoder's input
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CarvedTokens:
+    """The tokens of one image that survive."""
+
+    features: Tensor  # (K, D) dtype and device of the input
+    positions: Tensor  # (K,) int64, ascending, unique, in [0, N): where each token came from
+    sizes: Tensor  # (K,) float32 >= 1: how many source tokens it stands for
+    ranks: Tensor  # (K,) int64, a permutation of 0..K-1: 0 is the token to keep if only one may
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackedTokens:
+    """Tokens of one image as a codec stores them, token by token: any prefix can be unpacked."""
+
+    tokens: bytes  # the codes, num_tokens * codec.token_bytes(D)
+    aux: bytes  # what the codec needs beside them (a scale, say), num_tokens * codec.aux_bytes
+    num_tokens: int  # K
