@@ -2,11 +2,16 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
+from torch import Tensor
 
+from pipeline.carvers import _ops
 from pipeline.types import CarvedTokens, VisualTokens
+
+DEFAULT_KEEP_RATIO = 0.25
+"""Kept share of the tokens where a configuration names no budget."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,5 +39,58 @@ class Carver(ABC):
             tokens: B images of one grid with the signals named in `needs`.
 
         Returns:
-            One result per image, in order.
+            One result per image, in order. No result shares memory with the batch.
         """
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetCarver(Carver):
+    """A carver that is told how many tokens to keep.
+
+    Args:
+        keep_tokens: tokens kept per image, at least 1; all of them where an image has fewer.
+        keep_ratio: share of the tokens kept, in (0, 1]. Set to 0.25 where neither is given, so
+            that a built carver always shows its budget.
+
+    Raises:
+        ValueError: both are given, or one is out of range.
+    """
+
+    keep_tokens: Annotated[int, Field(ge=1)] | None = None
+    keep_ratio: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
+
+    def __post_init__(self) -> None:
+        """Check the budget once, also for carvers that Python code builds directly."""
+        if self.keep_tokens is not None and self.keep_ratio is not None:
+            raise ValueError(
+                f"keep_tokens={self.keep_tokens} and keep_ratio={self.keep_ratio} are both given; "
+                "give exactly one"
+            )
+        if self.keep_tokens is None and self.keep_ratio is None:
+            object.__setattr__(self, "keep_ratio", DEFAULT_KEEP_RATIO)
+        if self.keep_tokens is not None and self.keep_tokens < 1:
+            raise ValueError(f"keep_tokens={self.keep_tokens} must be at least 1")
+        if self.keep_ratio is not None and not 0 < self.keep_ratio <= 1:
+            raise ValueError(f"keep_ratio={self.keep_ratio} must be above 0 and at most 1")
+
+    def budget(self, num_tokens: int) -> int:
+        """Return K for images of `num_tokens` tokens: in [1, num_tokens], half to even."""
+        if self.keep_tokens is not None:
+            return min(num_tokens, self.keep_tokens)
+        if self.keep_ratio is None:
+            raise AssertionError("__post_init__ sets one of the two")
+        return max(1, round(num_tokens * self.keep_ratio))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreCarver(BudgetCarver):
+    """Keeps the K tokens of the highest score, unchanged; equal scores keep the lower position."""
+
+    @abstractmethod
+    def score(self, tokens: VisualTokens) -> Tensor:
+        """Return (B, N) float32 scores, higher is kept first; each row from its image alone."""
+
+    def carve(self, tokens: VisualTokens) -> list[CarvedTokens]:
+        """Keep the best-scored tokens; ranks follow the score."""
+        order_BN = _ops.best_first(self.score(tokens))
+        return _ops.keep(tokens.features, order_BN[:, : self.budget(order_BN.shape[1])])

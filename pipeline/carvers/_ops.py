@@ -1,0 +1,175 @@
+"""Tensor operations that carvers share: pure, batched, and the same for any batch size.
+
+B images, N source tokens, K kept tokens, M rows to choose from, G groups, D feature width.
+"""
+
+import functools
+import heapq
+import math
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline.errors import MissingSignalError, NonFiniteError
+from pipeline.types import CarvedTokens, VisualTokens
+
+
+def signal(tokens: VisualTokens, name: str) -> Tensor:
+    """Return one signal of a batch in float32.
+
+    Raises:
+        MissingSignalError: the batch does not hold it.
+    """
+    if name not in tokens.signals:
+        held = ", ".join(sorted(tokens.signals)) or "none"
+        raise MissingSignalError(f"no signal {name!r} in the batch, which holds: {held}")
+    return tokens.signals[name].float()
+
+
+def require_finite(values_BNX: Tensor, name: str) -> None:
+    """Refuse NaN and infinity, which would break a decomposition in its middle.
+
+    Raises:
+        NonFiniteError: naming the images of the batch that hold such a value.
+    """
+    finite_B = values_BNX.isfinite().flatten(1).all(dim=1)
+    if not bool(finite_B.all()):
+        images = (~finite_B).nonzero().flatten().tolist()
+        raise NonFiniteError(f"{name} of image {images} of the batch holds NaN or infinity")
+
+
+def best_first(scores_BN: Tensor) -> Tensor:
+    """Return (B, N) positions by falling score; equal scores by rising position.
+
+    `torch.topk` would choose among equal scores as it likes.
+    """
+    return scores_BN.argsort(dim=1, descending=True, stable=True)
+
+
+def inverse(order_BN: Tensor) -> Tensor:
+    """Return the inverse permutation of each row: the place of every token in its order."""
+    places_BN = torch.arange(order_BN.shape[1], device=order_BN.device).expand_as(order_BN)
+    return torch.empty_like(order_BN).scatter_(1, order_BN, places_BN)
+
+
+def take_rows(features_BMD: Tensor, rows_BK: Tensor) -> Tensor:
+    """Return the (B, K, D) rows named for each image."""
+    return features_BMD.gather(1, rows_BK[:, :, None].expand(-1, -1, features_BMD.shape[2]))
+
+
+def keep(features_BND: Tensor, order_BK: Tensor) -> list[CarvedTokens]:
+    """Return the tokens at `order_BK` (best first) unchanged, each standing for itself."""
+    sizes_BK = torch.ones(order_BK.shape, device=order_BK.device)
+    return collect(features_BND, order_BK, order_BK, sizes_BK)
+
+
+def collect(
+    features_BMD: Tensor, rows_BK: Tensor, positions_BK: Tensor, sizes_BK: Tensor
+) -> list[CarvedTokens]:
+    """Bring kept tokens into position order, one result per image.
+
+    Args:
+        features_BMD: what the rows are taken from.
+        rows_BK: row of each kept token, best token first.
+        positions_BK: source position of each kept token, best token first.
+        sizes_BK: source tokens each kept token stands for, best token first.
+
+    Returns:
+        Results with memory of their own, so that keeping one does not keep the batch.
+    """
+    positions_BK, ranks_BK = positions_BK.sort(dim=1)
+    rows_BK = rows_BK.gather(1, ranks_BK)
+    sizes_BK = sizes_BK.gather(1, ranks_BK)
+    return [
+        CarvedTokens(
+            features=features_MD.index_select(0, rows_K),
+            positions=positions_K.clone(),
+            sizes=sizes_K.clone(),
+            ranks=ranks_K.clone(),
+        )
+        for features_MD, rows_K, positions_K, sizes_K, ranks_K in zip(
+            features_BMD, rows_BK, positions_BK, sizes_BK, ranks_BK, strict=True
+        )
+    ]
+
+
+def group_mean(features_BMD: Tensor, owners_BM: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
+    """Average the rows of each group, in float32.
+
+    Args:
+        features_BMD: rows of each image, any float dtype.
+        owners_BM: group of each row, in [0, num_groups); no group may be empty.
+        num_groups: G.
+
+    Returns:
+        (B, G, D) means in the dtype of the features, and (B, G) float32 rows per group.
+    """
+    num_images, _, width = features_BMD.shape
+    owners_BM, rows_BM = owners_BM.sort(dim=1, stable=True)
+    ones_BM = torch.ones_like(owners_BM)
+    sizes_BG = ones_BM.new_zeros(num_images, num_groups).scatter_add_(1, owners_BM, ones_BM)
+    # Segments are summed in order; adding at indices would depend on thread timing on a GPU.
+    means = torch.segment_reduce(
+        take_rows(features_BMD, rows_BM).flatten(0, 1).float(),
+        "mean",
+        lengths=sizes_BG.flatten(),
+        axis=0,
+    )
+    return means.view(num_images, num_groups, width).to(features_BMD.dtype), sizes_BG.float()
+
+
+def spread_order(grid: tuple[int, int], tokens: Tensor) -> Tensor:
+    """Return `coarse_to_fine(grid)` as (B, N) positions for the images of `tokens` (B, N, D)."""
+    order_N = torch.tensor(coarse_to_fine(*grid), device=tokens.device)
+    return order_N.expand(tokens.shape[0], -1)
+
+
+@functools.lru_cache(maxsize=1024)
+def coarse_to_fine(rows: int, columns: int) -> tuple[int, ...]:
+    """Order the cells of a grid so that every prefix is spread evenly over it.
+
+    Each next cell is the one that most reduces the sum, over all cells, of the squared distance
+    to the nearest chosen cell; equal gains take the lower position. All numbers are integers, so
+    the order is the same everywhere. Gains only shrink as cells are chosen, hence a gain that is
+    still the best after being recomputed needs no comparison with the rest (lazy greedy).
+
+    Returns:
+        All positions of the grid, row-major, first to last to choose.
+    """
+    nearest_RC = np.full((rows, columns), rows**2 + columns**2, dtype=np.int64)
+    gains = [(-_gain(nearest_RC, p), p) for p in range(rows * columns)]
+    heapq.heapify(gains)
+    order: list[int] = []
+    reach = rows + columns
+    while gains:
+        _, position = heapq.heappop(gains)
+        current = (-_gain(nearest_RC, position, reach), position)
+        if gains and current > gains[0]:
+            heapq.heappush(gains, current)
+            continue
+        window_rc, distances_rc = _around(nearest_RC, position, reach)
+        np.minimum(window_rc, distances_rc, out=window_rc)
+        # Cells further from a choice than this are nearer to an earlier one.
+        reach = math.isqrt(int(nearest_RC.max()))
+        order.append(position)
+    return tuple(order)
+
+
+def _around(
+    nearest_RC: NDArray[np.int64], position: int, reach: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the view of the grid within `reach` of a cell, and its squared distances to it."""
+    rows, columns = nearest_RC.shape
+    row, column = divmod(position, columns)
+    rows_r = np.arange(max(0, row - reach), min(rows, row + reach + 1))
+    columns_c = np.arange(max(0, column - reach), min(columns, column + reach + 1))
+    window_rc = nearest_RC[rows_r[0] : rows_r[-1] + 1, columns_c[0] : columns_c[-1] + 1]
+    return window_rc, (rows_r[:, None] - row) ** 2 + (columns_c - column) ** 2
+
+
+def _gain(nearest_RC: NDArray[np.int64], position: int, reach: int | None = None) -> int:
+    span = sum(nearest_RC.shape) if reach is None else reach
+    window_rc, distances_rc = _around(nearest_RC, position, span)
+    return int(np.maximum(window_rc - distances_rc, 0).sum())

@@ -1,0 +1,23 @@
+"""Keep every token: the reference that every other carver is measured against.
+
+Source: none; the uncompressed model.
+Differs: from storing raster order, ranks run coarse to fine over the grid, so that a reader that
+asks for a prefix gets an evenly spread sample (the one `uniform_grid` keeps), not the top rows.
+Needs: no signal.
+Cost: one copy.
+"""
+
+from dataclasses import dataclass
+
+from pipeline.carvers import _ops
+from pipeline.carvers._base import Carver
+from pipeline.types import CarvedTokens, VisualTokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity(Carver):
+    """Keep all N tokens unchanged; takes no budget."""
+
+    def carve(self, tokens: VisualTokens) -> list[CarvedTokens]:
+        """Return all tokens, ranked coarse to fine."""
+        return _ops.keep(tokens.features, _ops.spread_order(tokens.grid, tokens.features))
