@@ -1,0 +1,304 @@
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from pipeline import carvers
+from pipeline.carvers.tokencarve import contributions
+from pipeline.errors import ConfigError, MissingSignalError, NonFiniteError
+from pipeline.types import CarvedTokens, VisualTokens
+from tests.carvers.inputs import make_tokens
+
+GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "tokencarve"
+CASES = json.loads((GOLDEN / "cases.json").read_text())
+WEIGHTS = {"information": 0.0, "attention": 1.0}
+
+
+def carve(tokens: VisualTokens, **options: object) -> list[CarvedTokens]:
+    return carvers.build("tokencarve", options).carve(tokens)
+
+
+def golden(case: dict) -> tuple[dict[str, torch.Tensor], VisualTokens, dict[str, object]]:
+    """Return the stored tensors of a case, and the same case in our words."""
+    stored = load_file(GOLDEN / f"{case['name']}.safetensors")
+    tokens = VisualTokens(
+        features=stored["hidden_states"][None],
+        grid=(1, case["num_tokens"]),
+        signals={"llm_attention": stored["attention_last_query"].mean(dim=0)[None]},
+    )
+    options = {
+        "information": "features",
+        "attention": "llm_attention",
+        "attention_weight": WEIGHTS.get(case["mode"], case["attention_weight"]),
+        "keep_tokens": case["keep_tokens"],
+    }
+    return stored, tokens, options
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
+def test_it_equals_the_published_code(case):
+    stored, tokens, options = golden(case)
+
+    result = carve(tokens, **options)[0]
+
+    assert torch.equal(result.positions, stored["positions"].long())
+    assert_close(result.features, stored["features"], rtol=1e-4, atol=1e-5)
+    merged = torch.bincount(stored["merge_target"], minlength=case["num_tokens"])
+    assert torch.equal(result.sizes, 1 + merged[result.positions].float())
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
+def test_contributions_equal_those_of_the_published_code(case):
+    stored, tokens, _ = golden(case)
+
+    assert_close(contributions(tokens.features)[0], stored["contributions"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES[:6], ids=lambda case: case["name"])
+def test_a_batch_of_the_published_cases_gives_each_of_them(case):
+    stored, tokens, options = golden(case)
+    noise = make_tokens(["llm_attention"], batch=2, grid=tokens.grid, width=case["width"])
+    batch = VisualTokens(
+        features=torch.cat([noise.features, tokens.features]),
+        grid=tokens.grid,
+        signals={
+            "llm_attention": torch.cat(
+                [noise.signals["llm_attention"], tokens.signals["llm_attention"]]
+            )
+        },
+    )
+
+    result = carve(batch, **options)[2]
+
+    assert torch.equal(result.positions, stored["positions"].long())
+
+
+def test_a_hand_made_image_is_pruned_and_merged():
+    # Orthogonal rows: the singular values are the row norms, so a token's contribution is its
+    # norm, except for token 5, which is parallel to token 1. Singular directions are the axes.
+    rows = torch.zeros(1, 6, 8)
+    rows[0, 0, 0] = 7.0
+    rows[0, 1, 1] = 9.0
+    rows[0, 2, 2] = 2.0
+    rows[0, 3, 3] = 5.0
+    rows[0, 4, 4] = 3.0
+    rows[0, 5, 1] = 4.0
+    tokens = VisualTokens(features=rows, grid=(2, 3))
+
+    # K = 4: the best 6 stay in stage one; 1, 0, 3 are targets; 5, 4, 2 may merge; 2 of them do.
+    # Token 5 goes into 1 (cosine 1); then 2 and 4 tie at cosine 0 with every target: the lower
+    # position, 2, goes into the lowest target, 0. Token 4 stays.
+    result = carve(tokens, information="features", attention_weight=0.0, keep_tokens=4)[0]
+
+    assert result.positions.tolist() == [0, 1, 3, 4]
+    assert result.ranks.tolist() == [1, 0, 2, 3]
+    assert result.sizes.tolist() == [2.0, 2.0, 1.0, 1.0]
+    assert result.features[0].tolist() == [3.5, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+    assert result.features[1].tolist() == [0.0, 6.5, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+    assert torch.equal(result.features[2:], rows[0, [3, 4]])
+
+
+def test_rankings_are_blended_and_not_scores():
+    tokens = VisualTokens(
+        features=torch.diag(torch.tensor([1.0, 1000.0, 2.0, 3.0]))[None],
+        grid=(2, 2),
+        signals={"cls_attention": torch.tensor([[0.1, 0.2, 0.4, 0.3]])},
+    )
+
+    # Points by contribution 1 4 2 3, by attention 1 2 4 3: the sums are 2 6 6 6.
+    result = carve(tokens, information="features", keep_tokens=1)[0]
+    weighted = carve(tokens, information="features", keep_tokens=1, attention_weight=0.6)[0]
+
+    assert result.positions.tolist() == [1]
+    assert weighted.positions.tolist() == [2]
+
+
+@pytest.mark.parametrize("weight", [0.1, 0.2, 0.3, 0.6, 0.7, 0.9])
+def test_equal_blends_are_ties_for_every_weight(weight):
+    # Swapping the rankings of two tokens whose points differ by (1 - w) and w in units of 0.1
+    # gives equal sums that float64 computes differently.
+    tenths = round(weight * 10)
+    num_tokens = 12
+    information = torch.arange(num_tokens, 0, -1.0)
+    attention = torch.arange(num_tokens, 0, -1.0)
+    low, high = 0, 10 - tenths
+    attention[low], attention[high] = 0.0, 100.0
+    blended = {
+        i: tenths * sorted(attention.tolist()).index(attention[i])
+        + (10 - tenths) * sorted(information.tolist()).index(information[i])
+        for i in range(num_tokens)
+    }
+    expected = sorted(blended, key=lambda i: (-blended[i], i))
+    tokens = VisualTokens(
+        features=torch.diag(information)[None],
+        grid=(3, 4),
+        signals={"cls_attention": attention[None]},
+    )
+
+    result = carve(tokens, information="features", keep_tokens=num_tokens, attention_weight=weight)[
+        0
+    ]
+
+    assert result.positions[result.ranks.argsort()].tolist() == expected
+
+
+@pytest.mark.parametrize(("num_tokens", "width"), [(6, 9), (9, 6), (40, 40), (50, 7), (7, 50)])
+def test_contributions_equal_their_definition_for_any_shape(num_tokens, width):
+    matrix = make_tokens([], grid=(1, num_tokens), width=width).features
+    left, singular, _ = torch.linalg.svd(matrix.double(), full_matrices=False)
+
+    scores = contributions(matrix)
+
+    expected = (left * singular[:, None, :]).abs().sum(dim=2).float()
+    assert_close(scores, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 5])
+@pytest.mark.parametrize("width", [12, 64])
+def test_contributions_of_a_matrix_of_low_rank_hold_no_noise(rank, width):
+    generator = torch.Generator().manual_seed(3)
+    matrix = torch.randn(1, 32, rank, generator=generator, dtype=torch.float64) @ torch.randn(
+        1, rank, width, generator=generator, dtype=torch.float64
+    )
+    left, singular, _ = torch.linalg.svd(matrix, full_matrices=False)
+
+    scores = contributions(matrix)
+
+    expected = (left * singular[:, None, :])[:, :, :rank].abs().sum(dim=2).float()
+    assert_close(scores, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_equal_tokens_have_equal_contributions():
+    matrix = make_tokens([], batch=2, grid=(8, 8), width=96).features
+    matrix[:, 40:] = matrix[:, 3:4]
+
+    scores = contributions(matrix)
+
+    assert torch.equal(scores[:, 40:], scores[:, 3:4].expand(2, 24))
+
+
+def test_a_constant_image_keeps_the_lowest_positions():
+    features = torch.full((1, 576, 32), 0.3)
+    tokens = VisualTokens(features=features, grid=(24, 24))
+
+    result = carve(tokens, information="features", attention_weight=0.0, keep_tokens=4)[0]
+
+    # 0, 1, 2 are targets; of 3, 4, 5 the lower two are merged into the lowest target.
+    assert result.positions.tolist() == [0, 1, 2, 5]
+    assert result.sizes.tolist() == [3.0, 1.0, 1.0, 1.0]
+    assert_close(result.features, features[0, :4])
+
+
+@pytest.mark.parametrize("keep_tokens", range(1, 21))
+def test_the_budget_is_met_exactly_and_pruned_tokens_are_not_counted(keep_tokens):
+    tokens = make_tokens(["attention_output", "cls_attention"], grid=(4, 5))
+
+    for result in carve(tokens, keep_tokens=keep_tokens):
+        assert len(result.positions) == keep_tokens
+        assert result.sizes.sum() == min(20, keep_tokens + keep_tokens // 2)
+
+
+def test_what_is_not_merged_is_unchanged():
+    tokens = make_tokens(["attention_output", "cls_attention"], batch=2, grid=(6, 6))
+
+    for image, result in enumerate(carve(tokens, keep_tokens=15)):
+        alone = result.sizes == 1
+        assert 0 < alone.sum() < 15
+        kept = tokens.features[image, result.positions]
+        assert torch.equal(result.features[alone], kept[alone])
+        assert not torch.isclose(result.features[~alone], kept[~alone]).all(dim=1).any()
+
+
+def test_attention_alone_ranks_by_attention():
+    tokens = make_tokens(["llm_attention"], batch=1, grid=(1, 12))
+
+    result = carve(tokens, attention="llm_attention", attention_weight=1.0, keep_tokens=12)[0]
+
+    by_attention = tokens.signals["llm_attention"][0].argsort(descending=True)
+    assert torch.equal(result.positions[result.ranks.argsort()], by_attention)
+
+
+def test_another_matrix_is_scored_while_the_features_are_merged():
+    tokens = make_tokens(["llm_hidden"], batch=1, grid=(1, 12))
+    scored = VisualTokens(features=tokens.signals["llm_hidden"], grid=tokens.grid)
+
+    result = carve(tokens, information="llm_hidden", attention_weight=0.0, keep_tokens=12)[0]
+    expected = carve(scored, information="features", attention_weight=0.0, keep_tokens=12)[0]
+
+    assert torch.equal(result.ranks, expected.ranks)
+    assert torch.equal(result.features, tokens.features[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "needs"),
+    [
+        ({}, {"attention_output", "cls_attention"}),
+        ({"information": "llm_hidden"}, {"llm_hidden", "cls_attention"}),
+        ({"attention": "received_attention"}, {"attention_output", "received_attention"}),
+        ({"attention_weight": 0.0}, {"attention_output"}),
+        ({"attention_weight": 1.0}, {"cls_attention"}),
+        ({"information": "features"}, {"cls_attention"}),
+        ({"information": "features", "attention_weight": 0.0}, set()),
+    ],
+)
+def test_it_needs_only_signals_that_have_weight_and_works_with_just_those(options, needs):
+    carver = carvers.build("tokencarve", options)
+
+    results = carver.carve(make_tokens(needs))
+
+    assert carver.needs == needs
+    assert len(results) == 3
+
+
+def test_scaling_the_features_changes_no_choice():
+    tokens = make_tokens(["cls_attention"], grid=(8, 8))
+    large = dataclasses.replace(tokens, features=tokens.features * 1e30)
+
+    results = carve(tokens, information="features", keep_tokens=16)
+    scaled = carve(large, information="features", keep_tokens=16)
+
+    for left, right in zip(results, scaled, strict=True):
+        assert torch.equal(left.positions, right.positions)
+
+
+def test_images_beyond_one_chunk_are_scored_the_same(monkeypatch):
+    matrix = make_tokens([], batch=5, grid=(4, 4), width=24).features
+    expected = contributions(matrix)
+
+    monkeypatch.setattr("pipeline.carvers.tokencarve._CHUNK_BYTES", 2 * 8 * 16 * 24)
+
+    assert torch.equal(contributions(matrix), expected)
+
+
+def test_a_missing_signal_is_reported():
+    with pytest.raises(MissingSignalError, match="cls_attention"):
+        carve(make_tokens(["attention_output"]))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_values_that_are_not_finite_are_reported_with_their_image(value):
+    tokens = make_tokens(["attention_output", "cls_attention"])
+    tokens.signals["attention_output"][2, 0, 0] = value
+
+    with pytest.raises(NonFiniteError, match=r"attention_output of image \[2\]"):
+        carve(tokens)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"information": "auto"},
+        {"attention": "keys"},
+        {"attention_weight": 1.1},
+        {"attention_weight": -0.1},
+        {"attention_weight": math.nan},
+    ],
+)
+def test_a_wrong_option_is_rejected(options):
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        carvers.build("tokencarve", options)
