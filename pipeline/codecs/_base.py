@@ -17,6 +17,8 @@ class Codec(ABC):
     """Packs (K, D) features so that any prefix of tokens can be unpacked alone.
 
     A subclass is a frozen dataclass whose fields are its options, every one with a default.
+    Numbers are stored little-endian. What is stored for a token depends on that token and the
+    options only, so any cut of `tokens` and `aux` at a whole token unpacks to the same values.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -24,10 +26,18 @@ class Codec(ABC):
     aux_bytes: ClassVar[int] = 0
     """Bytes per token beside the codes (a scale, say)."""
 
+    smallest: ClassVar[float] = 0.0
+    """Where the stored type runs out: in `max_error`, a token whose largest |value| is below
+    this counts as one of this size."""
+
     @property
     @abstractmethod
     def max_error(self) -> float:
-        """Largest |unpacked - original| of a token, relative to its largest |value|."""
+        """Largest |unpacked - original| of a token, relative to its largest |value|.
+
+        A guarantee for every token, not a typical value. Features of 64 bits are rounded to
+        float32 first, and the error is counted from there.
+        """
 
     @abstractmethod
     def token_bytes(self, width: int) -> int:
@@ -38,10 +48,12 @@ class Codec(ABC):
         """Pack the tokens of one image in the order given.
 
         Args:
-            features: (K, D), any float dtype, any device, finite.
+            features: (K, D), K and D at least 1, any float dtype, any device, finite.
 
         Raises:
             NonFiniteError: a value is NaN or infinite, or does not fit the stored type.
+            ValueError: `features` is not (K, D) or holds nothing.
+            TypeError: `features` are not floats.
         """
 
     @abstractmethod
@@ -55,10 +67,14 @@ class Codec(ABC):
         """Unpack the tokens of several images at once.
 
         Args:
-            packed: images, each whole or cut to a prefix of its tokens.
+            packed: images of one width, each whole or cut to a prefix of its tokens.
             device: where the result is wanted; the codes travel, not the floats.
-            dtype: of the result.
+            dtype: of the result; a value beyond its range becomes infinite.
 
         Returns:
             (sum of K, D) features, image after image.
+
+        Raises:
+            CacheFormatError: no images, an image without tokens, lengths that do not fit the
+                number of tokens, or images of different widths.
         """
