@@ -1,1 +1,40 @@
-"""Precomputed, compressed visual context: encode a corpus once, keep what carries information."""
+"""Precomputed, compressed visual context: encode a corpus once, keep what carries information.
+
+>>> import pipeline
+>>> cache = pipeline.open_cache("s3://bucket/cache", keep_tokens=64)   # doctest: +SKIP
+>>> cache["some/key"].features                                         # doctest: +SKIP
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline import carvers, codecs, encoders
+    from pipeline.carved_cache import CachedImage, CarvedCache, open_cache
+    from pipeline.dataset import CarvedDataset
+
+__all__ = [
+    "CachedImage",
+    "CarvedCache",
+    "CarvedDataset",
+    "carvers",
+    "codecs",
+    "encoders",
+    "open_cache",
+]
+
+_HOME = {
+    "CachedImage": "pipeline.carved_cache",
+    "CarvedCache": "pipeline.carved_cache",
+    "CarvedDataset": "pipeline.dataset",
+    "open_cache": "pipeline.carved_cache",
+}
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401  (any public name)
+    """Import a public name when it is first used, so that `import pipeline` stays cheap."""
+    if name in ("carvers", "codecs", "encoders"):
+        return importlib.import_module(f"pipeline.{name}")
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'pipeline' has no attribute {name!r}")

@@ -55,6 +55,12 @@ class DecodeError(SampleError):
     stage = "decode"
 
 
+class EncodeError(SampleError):
+    """An image cannot be brought into the shape a model takes."""
+
+    stage = "encode"
+
+
 class ShardError(PipelineError, ValueError):
     """A whole shard cannot be used and trying again would not help.
 

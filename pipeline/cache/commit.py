@@ -1,0 +1,167 @@
+"""The one truth about a shard: a commit record, put if absent.
+
+All files of an attempt exist before its record does; a record is never replaced. Whoever finds a
+record in its place reads it back: if it names another attempt, that one won and this one's files
+are removed. See `docs/design.md` for what each crash leaves behind.
+"""
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from pipeline.cache import layout
+from pipeline.cache.writer import WrittenFile
+from pipeline.errors import AlreadyExistsError, CacheFormatError, ConfigError, NotFoundError
+from pipeline.storage import Store
+from pipeline.types import ShardRef
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Commit:
+    """What one committed attempt did."""
+
+    shard_id: str
+    shard: ShardRef
+    work_fingerprint: str
+    attempt: str
+    files: tuple[WrittenFile, ...]
+    num_read: int  # samples found in the shard
+    num_written: int
+    rejected: Mapping[str, int]  # samples by reason
+    bytes_in: int  # encoded images
+    tokens_full: int
+    tokens_kept: int
+    bytes_tokens: int  # packed tokens with their aux
+    seconds: float
+    details: Mapping[str, Any] = field(default_factory=dict)  # host, device, batch size, stages
+    committed_at: float = 0.0  # Unix time
+
+    def to_json(self) -> bytes:
+        """Return the record's bytes."""
+        return layout.dump_json({"format_version": layout.FORMAT_VERSION, **asdict(self)})
+
+
+def parse_commit(content: bytes, *, where: str) -> Commit:
+    """Read a record's bytes.
+
+    Raises:
+        CacheFormatError: not a record of a format this package knows.
+    """
+    try:
+        values = json.loads(content)
+        version = values.pop("format_version")
+        if version != layout.FORMAT_VERSION:
+            raise CacheFormatError(
+                f"{where}: format version {version} is not known; install a newer carvecache"
+            )
+        values["shard"] = ShardRef(**values["shard"])
+        values["files"] = tuple(WrittenFile(**f) for f in values["files"])
+        return Commit(**values)
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as err:
+        raise CacheFormatError(f"{where}: not a commit record: {err}") from err
+
+
+def try_commit(store: Store, commit: Commit) -> Commit:
+    """Put the record, unless another attempt at the same work has.
+
+    Returns:
+        The record that stands: `commit` itself, or the winner's, in which case the files of this
+        attempt have been removed.
+    """
+    path = layout.commit_path(commit.shard_id, commit.work_fingerprint)
+    try:
+        store.put_once(path, commit.to_json())
+    except AlreadyExistsError:
+        winner = parse_commit(store.read(path), where=path)
+        if winner.attempt == commit.attempt:
+            return winner
+        store.delete_tree(layout.attempt_path(commit.shard_id, commit.attempt))
+        return winner
+    return commit
+
+
+def list_committed(store: Store) -> set[tuple[str, str]]:
+    """Return (shard id, work fingerprint) of every commit, by one listing and no reads."""
+    paths = (layout.parse_commit_path(entry.path) for entry in store.list(layout.COMMITS))
+    return {found for found in paths if found is not None}
+
+
+def read_commits(store: Store) -> Iterator[Commit]:
+    """Yield every commit record, by path."""
+    for entry in store.list(layout.COMMITS):
+        if layout.parse_commit_path(entry.path) is not None:
+            yield parse_commit(store.read(entry.path), where=entry.path)
+
+
+def current_commits(commits: Sequence[Commit]) -> list[Commit]:
+    """Return the newest commit of each shard, by shard id."""
+    newest: dict[str, Commit] = {}
+    for commit in commits:
+        known = newest.get(commit.shard_id)
+        order = (commit.committed_at, commit.work_fingerprint)
+        if known is None or order > (known.committed_at, known.work_fingerprint):
+            newest[commit.shard_id] = commit
+    return [newest[shard_id] for shard_id in sorted(newest)]
+
+
+def claim_identity(store: Store, identity: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Create `carve.json`, or check that the one in place is of the same work.
+
+    Args:
+        store: the cache.
+        identity: holds `fingerprint`, `settings` (what the fingerprint is of), and anything else.
+
+    Returns:
+        The identity that stands.
+
+    Raises:
+        ConfigError: the cache was made with other settings; names those that differ.
+    """
+    record = {"format_version": layout.FORMAT_VERSION, "created_at": time.time(), **identity}
+    try:
+        store.put_once(layout.IDENTITY_PATH, layout.dump_json(record))
+    except AlreadyExistsError:
+        standing = read_identity(store)
+        if standing["fingerprint"] != identity["fingerprint"]:
+            differences = "; ".join(_differences(standing["settings"], identity["settings"]))
+            raise ConfigError(
+                f"{store.url} holds a cache made with other settings ({differences}): "
+                "choose another output, or the settings of that cache"
+            ) from None
+        return standing
+    return record
+
+
+def read_identity(store: Store) -> Mapping[str, Any]:
+    """Return `carve.json`.
+
+    Raises:
+        CacheFormatError: there is none, or it is of a version this package does not know.
+    """
+    try:
+        content = store.read(layout.IDENTITY_PATH)
+    except NotFoundError as err:
+        raise CacheFormatError(
+            f"{store.url} is not a cache: it has no {layout.IDENTITY_PATH}"
+        ) from err
+    try:
+        identity = json.loads(content)
+        version = identity["format_version"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as err:
+        raise CacheFormatError(f"{store.url}/{layout.IDENTITY_PATH} is damaged: {err}") from err
+    if version != layout.FORMAT_VERSION:
+        raise CacheFormatError(
+            f"{store.url}: format version {version} is not known; install a newer carvecache"
+        )
+    return dict(identity)
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key in sorted({*old, *new}):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            yield from _differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            yield f"{prefix}{key}: {a!r} there, {b!r} here"

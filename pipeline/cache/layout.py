@@ -1,0 +1,124 @@
+"""Every path and column of a cache: the only module that knows them.
+
+`docs/cache_format.md` is the promise made to other readers; a change here changes it.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+FORMAT_VERSION = 1
+
+IDENTITY_PATH = "carve.json"
+COMMITS = "commits"
+SNAPSHOTS = "snapshots"
+RUNS = "runs"
+DATA = "data"
+
+METADATA_KEY = b"carvecache"
+"""Key of the JSON in the metadata of every Parquet file."""
+
+FIXED_COLUMNS = (
+    pa.field("key", pa.string(), nullable=False),
+    pa.field("content_hash", pa.binary(16), nullable=False),
+    pa.field("num_tokens", pa.int32(), nullable=False),
+    pa.field("grid_t", pa.int32(), nullable=False),
+    pa.field("grid_h", pa.int32(), nullable=False),
+    pa.field("grid_w", pa.int32(), nullable=False),
+    pa.field("width", pa.int32(), nullable=False),
+    pa.field("height", pa.int32(), nullable=False),
+    pa.field("tokens", pa.large_binary(), nullable=False),
+    pa.field("aux", pa.binary(), nullable=False),
+    pa.field("crc32c", pa.uint32(), nullable=False),
+)
+
+INDEX_SCHEMA = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("content_hash", pa.binary(16), nullable=False),
+        pa.field("part", pa.int32(), nullable=False),
+        pa.field("row_group", pa.int32(), nullable=False),
+        pa.field("row", pa.int32(), nullable=False),  # within its row group
+        pa.field("num_tokens", pa.int32(), nullable=False),
+        pa.field("grid_t", pa.int32(), nullable=False),
+        pa.field("grid_h", pa.int32(), nullable=False),
+        pa.field("grid_w", pa.int32(), nullable=False),
+        pa.field("width", pa.int32(), nullable=False),
+        pa.field("height", pa.int32(), nullable=False),
+        pa.field("tokens_offset", pa.int64(), nullable=False),
+        pa.field("tokens_length", pa.int64(), nullable=False),
+        pa.field("aux_offset", pa.int64(), nullable=False),
+        pa.field("aux_length", pa.int64(), nullable=False),
+    ]
+)
+
+ERRORS_SCHEMA = pa.schema(
+    [pa.field(name, pa.string(), nullable=False) for name in ("key", "stage", "reason", "message")]
+)
+
+FILES_SCHEMA = pa.schema(
+    [
+        pa.field("file", pa.int32(), nullable=False),
+        pa.field("path", pa.string(), nullable=False),
+        pa.field("size", pa.int64(), nullable=False),
+        pa.field("sha256", pa.string(), nullable=False),
+        pa.field("rows", pa.int64(), nullable=False),
+        pa.field("shard", pa.string(), nullable=False),
+    ]
+)
+
+
+def part_schema(columns: Sequence[str], metadata: Mapping[str, Any]) -> pa.Schema:
+    """Return the schema of a part: the fixed columns, then the user's as nullable text."""
+    user = [pa.field(name, pa.string()) for name in columns]
+    return pa.schema([*FIXED_COLUMNS, *user], metadata={METADATA_KEY: dump_json(metadata)})
+
+
+def attempt_path(shard_id: str, attempt: str) -> str:
+    """Return the folder of one attempt at one shard; written once, never renamed."""
+    return f"{DATA}/{shard_id}/{attempt}"
+
+
+def part_path(shard_id: str, attempt: str, part: int) -> str:
+    return f"{attempt_path(shard_id, attempt)}/part-{part:05d}.parquet"
+
+
+def index_path(shard_id: str, attempt: str) -> str:
+    return f"{attempt_path(shard_id, attempt)}/index.parquet"
+
+
+def errors_path(shard_id: str, attempt: str) -> str:
+    return f"{attempt_path(shard_id, attempt)}/errors.parquet"
+
+
+def commit_path(shard_id: str, work_fingerprint: str) -> str:
+    return f"{COMMITS}/{shard_id}.{work_fingerprint}.json"
+
+
+def parse_commit_path(path: str) -> tuple[str, str] | None:
+    """Return (shard id, work fingerprint) of a commit record's path, or None for another file."""
+    name = path.rsplit("/", 1)[-1]
+    stem, dot, suffix = name.rpartition(".")
+    shard_id, _, fingerprint = stem.rpartition(".")
+    return (shard_id, fingerprint) if dot and suffix == "json" and shard_id else None
+
+
+def snapshot_path(number: int, name: str) -> str:
+    return f"{SNAPSHOTS}/{number:08d}/{name}"
+
+
+def run_path(run_id: str, name: str) -> str:
+    return f"{RUNS}/{run_id}/{name}"
+
+
+def dump_json(value: Any) -> bytes:  # noqa: ANN401  (any JSON value)
+    """Return canonical JSON: sorted keys, no spaces, UTF-8."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def fingerprint(value: Any) -> str:  # noqa: ANN401  (any JSON value)
+    """Return 16 hex digits that identify a JSON value."""
+    return hashlib.sha256(dump_json(value)).hexdigest()[:16]

@@ -1,0 +1,154 @@
+"""The bytes of one image: its tokens and, beside them, what is needed to read any prefix.
+
+Tokens are stored most important first, each packed on its own. `aux` of format version 1, all
+little-endian, for K tokens of a codec with A aux bytes a token:
+
+    uint8   layout, always 1
+    uint8   A
+    uint16  T, tokens per checksum block
+    uint32  K
+    uint32  positions[K]     where each token came from
+    float32 sizes[K]         how many source tokens it stands for
+    byte    codec_aux[K][A]
+    uint32  crc32c[ceil(K/T)]  of each block of T tokens in `tokens`; the last may be shorter
+    uint32  crc32c of all bytes of `aux` before this one
+"""
+
+import struct
+from dataclasses import dataclass
+
+import google_crc32c
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import CacheFormatError
+
+BLOCK_TOKENS = 16
+_HEADER = struct.Struct("<BBHI")
+_CRC = struct.Struct("<I")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredTokens:
+    """The first tokens of one row, checked, still packed."""
+
+    tokens: bytes  # num_tokens packed tokens, most important first
+    codec_aux: bytes  # num_tokens * A
+    positions: NDArray[np.uint32]  # (num_tokens,)
+    sizes: NDArray[np.float32]  # (num_tokens,)
+    num_tokens: int
+
+
+def pack_aux(
+    tokens: bytes,
+    codec_aux: bytes,
+    *,
+    positions: NDArray[np.uint32],
+    sizes: NDArray[np.float32],
+) -> bytes:
+    """Return the `aux` bytes of one row.
+
+    Args:
+        tokens: K packed tokens of equal length, most important first.
+        codec_aux: K * A bytes in the same order.
+        positions: (K,), in the same order.
+        sizes: (K,), in the same order.
+    """
+    count = len(positions)
+    block = BLOCK_TOKENS * (len(tokens) // count)
+    body = b"".join(
+        (
+            _HEADER.pack(1, len(codec_aux) // count, BLOCK_TOKENS, count),
+            positions.astype("<u4", copy=False).tobytes(),
+            sizes.astype("<f4", copy=False).tobytes(),
+            codec_aux,
+            np.array(
+                [
+                    google_crc32c.value(tokens[start : start + block])
+                    for start in range(0, len(tokens), block)
+                ],
+                dtype="<u4",
+            ).tobytes(),
+        )
+    )
+    return body + _CRC.pack(google_crc32c.value(body))
+
+
+def row_checksum(tokens: bytes, aux: bytes) -> int:
+    """Return the crc32c of a whole row, tokens then aux."""
+    return int(google_crc32c.extend(google_crc32c.value(tokens), aux))
+
+
+def prefix_bytes(tokens_length: int, *, num_tokens: int, keep_tokens: int | None) -> int:
+    """Return how many bytes of `tokens` to fetch for the first `keep_tokens` of a row.
+
+    Whole checksum blocks, so that what is returned has been checked.
+    """
+    if keep_tokens is None or keep_tokens >= num_tokens:
+        return tokens_length
+    blocks = -(-keep_tokens // BLOCK_TOKENS)
+    return min(tokens_length, blocks * BLOCK_TOKENS * (tokens_length // num_tokens))
+
+
+def unpack_row(
+    tokens: bytes | memoryview,
+    aux: bytes | memoryview,
+    *,
+    tokens_length: int,
+    keep_tokens: int | None = None,
+    where: str,
+) -> StoredTokens:
+    """Check and cut the bytes of one row.
+
+    Args:
+        tokens: the first bytes of the row's tokens, as many as `prefix_bytes` says or all.
+        aux: all of the row's aux.
+        tokens_length: bytes of all tokens of the row.
+        keep_tokens: how many tokens are wanted; None for all.
+        where: key and place, for messages.
+
+    Raises:
+        CacheFormatError: the bytes are damaged or of another layout.
+    """
+    aux = bytes(aux)
+    if len(aux) < _HEADER.size + _CRC.size:
+        raise CacheFormatError(f"{where}: aux has only {len(aux)} bytes; the file is damaged")
+    body, stored_crc = aux[: -_CRC.size], _CRC.unpack(aux[-_CRC.size :])[0]
+    if google_crc32c.value(body) != stored_crc:
+        raise CacheFormatError(f"{where}: aux does not match its checksum; the file is damaged")
+    layout, aux_bytes, block_tokens, count = _HEADER.unpack_from(body)
+    num_blocks = -(-count // block_tokens) if block_tokens else 0
+    expected = _HEADER.size + count * (8 + aux_bytes) + 4 * num_blocks
+    if layout != 1 or not count or expected != len(body) or tokens_length % count:
+        raise CacheFormatError(
+            f"{where}: aux layout {layout} with {count} tokens in {len(body)} bytes is not known; "
+            "a newer version of this package may read it"
+        )
+    positions = np.frombuffer(body, "<u4", count, _HEADER.size)
+    sizes = np.frombuffer(body, "<f4", count, _HEADER.size + 4 * count)
+    codec_start = _HEADER.size + 8 * count
+    crcs = np.frombuffer(body, "<u4", num_blocks, codec_start + aux_bytes * count)
+    keep = count if keep_tokens is None else min(keep_tokens, count)
+    token_bytes = tokens_length // count
+    _check_blocks(memoryview(tokens), crcs, block_tokens * token_bytes, keep * token_bytes, where)
+    return StoredTokens(
+        tokens=bytes(tokens[: keep * token_bytes]),
+        codec_aux=body[codec_start : codec_start + keep * aux_bytes],
+        positions=positions[:keep],
+        sizes=sizes[:keep],
+        num_tokens=keep,
+    )
+
+
+def _check_blocks(
+    tokens: memoryview, crcs: NDArray[np.uint32], block: int, needed: int, where: str
+) -> None:
+    if len(tokens) < needed:
+        raise CacheFormatError(f"{where}: {len(tokens)} bytes of tokens where {needed} are needed")
+    for number in range(-(-needed // block)):
+        start = number * block
+        if google_crc32c.value(bytes(tokens[start : start + block])) != crcs[number]:
+            raise CacheFormatError(
+                f"{where}: tokens do not match their checksum in block {number} "
+                f"(bytes {start} to {start + block} of the row); the file is damaged"
+            )

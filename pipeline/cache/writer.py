@@ -1,0 +1,269 @@
+"""Write one attempt at one shard: parts, index and errors. Nothing is visible until a commit."""
+
+import hashlib
+import logging
+import mmap
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from pipeline.cache import layout, pages, row
+from pipeline.storage import Store
+from pipeline.types import PackedTokens, RejectedSample
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowToWrite:
+    """One carved image on its way to a part. Tokens are most important first."""
+
+    key: str
+    content_hash: bytes  # 16 bytes, of the encoded image
+    packed: PackedTokens
+    positions: NDArray[np.uint32]  # (K,), in stored order
+    sizes: NDArray[np.float32]  # (K,), in stored order
+    grid: tuple[int, int, int]  # time, rows, columns before carving
+    image_size: tuple[int, int]  # width, height in pixels
+    columns: Mapping[str, str | None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WrittenFile:
+    """One finished file of an attempt."""
+
+    path: str  # relative to the cache
+    kind: str  # part, index, errors
+    size: int
+    sha256: str
+    rows: int
+
+
+@dataclass(kw_only=True)
+class ShardWriter:
+    """Writes the files of one attempt; a context manager that removes them on an error.
+
+    Args:
+        store: the cache.
+        shard_id: of the shard.
+        attempt: unique name of this attempt.
+        columns: names of the user's text columns.
+        metadata: JSON that explains the numbers, stored in every part.
+        row_group_bytes: a row group is closed when its tokens reach this size.
+        part_bytes: a part is closed when its tokens reach this size.
+    """
+
+    store: Store
+    shard_id: str
+    attempt: str
+    columns: Sequence[str]
+    metadata: Mapping[str, Any]
+    row_group_bytes: int = 16 << 20
+    part_bytes: int = 256 << 20
+    files: list[WrittenFile] = field(default_factory=list, init=False)
+    _rows: list[RowToWrite] = field(default_factory=list, init=False)
+    _pending_bytes: int = field(default=0, init=False)
+    _part: "_Part | None" = field(default=None, init=False)
+    _num_parts: int = field(default=0, init=False)
+    _index: list[pa.Table] = field(default_factory=list, init=False)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is not None:
+            self.abort()
+
+    def write(self, row_to_write: RowToWrite) -> None:
+        """Add one row; may write a row group."""
+        self._rows.append(row_to_write)
+        self._pending_bytes += len(row_to_write.packed.tokens)
+        if self._pending_bytes >= self.row_group_bytes:
+            self._flush()
+
+    def finish(self, errors: Sequence[RejectedSample]) -> list[WrittenFile]:
+        """Close the last part, write index and errors, and return all files of the attempt."""
+        if self._rows:
+            self._flush()
+        if self._part is not None:
+            self._close_part()
+        if self._index:
+            index = pa.concat_tables(self._index).sort_by("key")
+            self._write_table(layout.index_path(self.shard_id, self.attempt), "index", index)
+        if errors:
+            columns = [[getattr(e, name) for e in errors] for name in layout.ERRORS_SCHEMA.names]
+            table = pa.Table.from_arrays(
+                [pa.array(column, pa.string()) for column in columns], schema=layout.ERRORS_SCHEMA
+            )
+            self._write_table(layout.errors_path(self.shard_id, self.attempt), "errors", table)
+        return self.files
+
+    def abort(self) -> None:
+        """Remove what this attempt wrote. Safe: no commit names these files."""
+        if self._part is not None:
+            self._part.abandon()
+            self._part = None
+        self._rows.clear()
+        self.store.delete_tree(layout.attempt_path(self.shard_id, self.attempt))
+
+    def _flush(self) -> None:
+        if self._part is None:
+            path = layout.part_path(self.shard_id, self.attempt, self._num_parts)
+            schema = layout.part_schema(self.columns, self.metadata)
+            self._part = _Part(store=self.store, path=path, schema=schema)
+            self._num_parts += 1
+        self._part.write_row_group(self._rows, self.columns)
+        self._rows = []
+        self._pending_bytes = 0
+        if self._part.tokens_bytes >= self.part_bytes:
+            self._close_part()
+
+    def _close_part(self) -> None:
+        if self._part is not None:
+            written, index = self._part.close(number=self._num_parts - 1)
+            self.files.append(written)
+            self._index.append(index)
+            self._part = None
+
+    def _write_table(self, path: str, kind: str, table: pa.Table) -> None:
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, compression="zstd")
+        content = sink.getvalue().to_pybytes()
+        self.store.put(path, content)
+        self.files.append(
+            WrittenFile(
+                path=path,
+                kind=kind,
+                size=len(content),
+                sha256=hashlib.sha256(content).hexdigest(),
+                rows=table.num_rows,
+            )
+        )
+
+
+class _Part:
+    """One Parquet part being written on local disk, then uploaded whole.
+
+    Spooling costs one local copy of at most `part_bytes` and makes an upload repeatable; in a
+    local cache the spool file is the part itself.
+    """
+
+    def __init__(self, *, store: Store, path: str, schema: pa.Schema) -> None:
+        self.store = store
+        self.path = path
+        self.schema = schema
+        self.tokens_bytes = 0
+        self._groups: list[list[tuple[Any, ...]]] = []  # what the index needs of each row
+        local = store.local_path(path)
+        if local is not None:
+            Path(local).parent.mkdir(parents=True, exist_ok=True)
+            self._spool, self._is_final = local, True
+        else:
+            handle, self._spool = tempfile.mkstemp(prefix="carvecache-", suffix=".parquet")
+            os.close(handle)
+            self._is_final = False
+        # No dictionary and no page compression on tokens: a value's bytes then lie in the file
+        # as they are, so one image can be fetched by offset. One row a page makes the standard
+        # Parquet offset index address rows too.
+        self._writer = pq.ParquetWriter(
+            self._spool,
+            schema,
+            use_dictionary=False,
+            compression={name: _compression(name) for name in schema.names},
+            write_statistics=["key", "num_tokens"],
+            max_rows_per_page=1,
+            write_page_index=True,
+            store_schema=True,
+        )
+
+    def write_row_group(self, rows: Sequence[RowToWrite], columns: Sequence[str]) -> None:
+        aux = [
+            row.pack_aux(r.packed.tokens, r.packed.aux, positions=r.positions, sizes=r.sizes)
+            for r in rows
+        ]
+        values: list[Sequence[Any]] = [
+            [r.key for r in rows],
+            [r.content_hash for r in rows],
+            [r.packed.num_tokens for r in rows],
+            *[[r.grid[axis] for r in rows] for axis in range(3)],
+            *[[r.image_size[axis] for r in rows] for axis in range(2)],
+            [r.packed.tokens for r in rows],
+            aux,
+            [row.row_checksum(r.packed.tokens, a) for r, a in zip(rows, aux, strict=True)],
+            *[[r.columns.get(name) for r in rows] for name in columns],
+        ]
+        arrays = [
+            pa.array(column, type=self.schema.field(place).type)
+            for place, column in enumerate(values)
+        ]
+        table = pa.Table.from_arrays(arrays, schema=self.schema)
+        self._writer.write_table(table, row_group_size=len(rows))
+        self.tokens_bytes += sum(len(r.packed.tokens) for r in rows)
+        self._groups.append([_index_values(r) for r in rows])
+
+    def close(self, *, number: int) -> tuple[WrittenFile, pa.Table]:
+        """Finish the file and put it in its place; return it with its index rows."""
+        self._writer.close()
+        with open(self._spool, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as m:
+            index = self._index_rows(m, number)
+            written = WrittenFile(
+                path=self.path,
+                kind="part",
+                size=len(m),
+                sha256=hashlib.sha256(m).hexdigest(),
+                rows=index.num_rows,
+            )
+            if self._is_final:
+                os.fsync(file.fileno())
+        if not self._is_final:
+            try:
+                self.store.upload(self.path, self._spool)
+            finally:
+                os.unlink(self._spool)
+        return written, index
+
+    def abandon(self) -> None:
+        self._writer.close()
+        os.unlink(self._spool)
+
+    def _index_rows(self, file: mmap.mmap, number: int) -> pa.Table:
+        metadata = pq.read_metadata(self._spool)
+        tokens_column = self.schema.get_field_index("tokens")
+        aux_column = self.schema.get_field_index("aux")
+        columns: dict[str, list[Any]] = {name: [] for name in layout.INDEX_SCHEMA.names}
+        for group, rows in enumerate(self._groups):
+            chunk = metadata.row_group(group)
+            starts = [chunk.column(c).data_page_offset for c in (tokens_column, aux_column)]
+            places = zip(
+                *(pages.byte_array_offsets(file, start, len(rows)) for start in starts),
+                strict=True,
+            )
+            for place, (known, (tokens_at, aux_at)) in enumerate(zip(rows, places, strict=True)):
+                values = (*known[:2], number, group, place, *known[2:], *tokens_at, *aux_at)
+                for column, value in zip(columns.values(), values, strict=True):
+                    column.append(value)
+        return pa.Table.from_pydict(columns, schema=layout.INDEX_SCHEMA)
+
+
+def _compression(column: str) -> str:
+    fixed = {f.name for f in layout.FIXED_COLUMNS}
+    return "none" if column in fixed else "zstd"
+
+
+def _index_values(r: RowToWrite) -> tuple[Any, ...]:
+    """Return what the index says of a row beside its place, in the order of its columns."""
+    return (r.key, r.content_hash, r.packed.num_tokens, *r.grid, *r.image_size)

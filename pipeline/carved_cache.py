@@ -1,0 +1,184 @@
+"""Open a cache and read images back as tensors: the cache's bytes joined with its codec."""
+
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from pipeline import codecs
+from pipeline.cache import commit, layout, snapshot
+from pipeline.cache.reader import RowPlace, SnapshotReader
+from pipeline.cache.row import StoredTokens
+from pipeline.codecs import Codec
+from pipeline.storage import open_store
+from pipeline.types import PackedTokens
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CachedImage:
+    """The kept tokens of one image, in position order, with the names `CarvedTokens` has."""
+
+    key: str
+    features: Tensor  # (K, D)
+    positions: Tensor  # (K,) int64, ascending: place in the grid, row by row
+    sizes: Tensor  # (K,) float32: how many source tokens each stands for
+    ranks: Tensor  # (K,) int64: 0 is the most important
+    grid: tuple[int, int, int]  # time, rows, columns before carving
+    width: int  # of the image, in pixels
+    height: int
+
+
+def open_cache(
+    url: str, *, keep_tokens: int | None = None, snapshot_number: int | None = None
+) -> "CarvedCache":
+    """Open a cache at one moment of its life.
+
+    Args:
+        url: of the cache: a folder, `s3://...`, `gs://...`, `memory://...`.
+        keep_tokens: give at most this many tokens an image, the most important ones, and fetch
+            only their bytes; at least 1. None for all that are stored.
+        snapshot_number: an older snapshot; None for the latest, or, where none was made yet, for
+            the shards committed now.
+
+    Raises:
+        CacheFormatError: there is no cache, or it is of a newer format.
+        ValueError: `keep_tokens` is below 1.
+    """
+    if keep_tokens is not None and keep_tokens < 1:
+        raise ValueError(f"keep_tokens={keep_tokens}: must be at least 1, or None for all")
+    store = open_store(url)
+    identity = commit.read_identity(store)
+    if snapshot_number is not None:
+        reader = SnapshotReader(
+            store=store, snapshot=snapshot.read_snapshot(store, snapshot_number)
+        )
+    elif latest := snapshot.latest_snapshot(store):
+        reader = SnapshotReader(store=store, snapshot=latest)
+    else:
+        found, files, index = snapshot.collect_snapshot(store)
+        reader = SnapshotReader(store=store, snapshot=found, tables=(files, index))
+    if keep_tokens is not None and not identity["nested"]:
+        logger.warning(
+            "%s: carver %s is not nested; its best %d tokens are not what carving to %d would give",
+            url,
+            identity["settings"]["carver"]["name"],
+            keep_tokens,
+            keep_tokens,
+        )
+    return CarvedCache(reader=reader, identity=identity, keep_tokens=keep_tokens)
+
+
+@dataclass(kw_only=True)
+class CarvedCache:
+    """A mapping from key to `CachedImage`, immutable while open. Made by `open_cache`."""
+
+    reader: SnapshotReader
+    identity: Mapping[str, Any]
+    keep_tokens: int | None = None
+
+    @cached_property
+    def codec(self) -> Codec:
+        """The codec the cache was packed with."""
+        settings = self.identity["settings"]["codec"]
+        return codecs.build(settings["name"], settings["options"])
+
+    @property
+    def width(self) -> int:
+        """D of the features."""
+        return int(self.identity["settings"]["width"])
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __iter__(self) -> Iterator[str]:
+        return self.keys()
+
+    def __contains__(self, key: object) -> bool:
+        return isinstance(key, str) and self.reader.contains(key)
+
+    def keys(self) -> Iterator[str]:
+        """Yield all keys, sorted."""
+        return self.reader.keys()
+
+    def __getitem__(self, key: str) -> CachedImage:
+        """Return one image.
+
+        Raises:
+            KeyNotFoundError: no such key.
+            CacheFormatError: its bytes are damaged.
+        """
+        return self.get_many([key])[0]
+
+    def get_many(
+        self,
+        keys: Sequence[str],
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> list[CachedImage]:
+        """Return several images, unpacked together on `device`."""
+        places = [self.reader.find(key) for key in keys]
+        stored = self.reader.read_many(places, self.keep_tokens)
+        return self.unpack(places, stored, device=device, dtype=dtype)
+
+    def unpack(
+        self,
+        places: Sequence[RowPlace],
+        stored: Sequence[StoredTokens],
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> list[CachedImage]:
+        """Turn stored rows into images; the codes travel to the device, not the floats."""
+        if not stored:
+            return []
+        packed = [
+            PackedTokens(tokens=s.tokens, aux=s.codec_aux, num_tokens=s.num_tokens) for s in stored
+        ]
+        features = self.codec.unpack(packed, device=device, dtype=dtype)
+        pieces = torch.split(features, [s.num_tokens for s in stored])
+        return [
+            _in_position_order(place, s, piece)
+            for place, s, piece in zip(places, stored, pieces, strict=True)
+        ]
+
+    def columns(self, key: str, columns: Sequence[str]) -> dict[str, Any]:
+        """Return other columns of one image, the user's own among them."""
+        return self.reader.read_columns(self.reader.find(key), columns)
+
+    def scan(self, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
+        """Yield the stored rows, a row group at a time, as Arrow record batches.
+
+        Args:
+            columns: which to read; None for all. `tokens` and `aux` come as stored.
+        """
+        return self.reader.scan(columns)
+
+
+def read_part_metadata(schema: pa.Schema) -> dict[str, Any]:
+    """Return what a part says about itself: enough to decode it without the rest of the cache."""
+    return dict(json.loads(schema.metadata[layout.METADATA_KEY]))
+
+
+def _in_position_order(place: RowPlace, stored: StoredTokens, features: Tensor) -> CachedImage:
+    order = np.argsort(stored.positions, kind="stable")
+    ranks = torch.from_numpy(order)
+    return CachedImage(
+        key=place.key,
+        features=features[ranks.to(features.device)],
+        positions=torch.from_numpy(stored.positions[order].astype(np.int64)),
+        sizes=torch.from_numpy(stored.sizes[order].astype(np.float32)),
+        ranks=ranks,
+        grid=(place.grid_t, place.grid_h, place.grid_w),
+        width=place.width,
+        height=place.height,
+    )

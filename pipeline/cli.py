@@ -1,0 +1,188 @@
+"""The `carve` command."""
+
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline import carvers, codecs, encoders, plugin_table
+from pipeline.cache.verify import find_damage
+from pipeline.carved_cache import open_cache
+from pipeline.config import JobConfig, load_config
+from pipeline.errors import ExitCode, PipelineError
+from pipeline.job import resolve_job
+from pipeline.plan import make_plan
+from pipeline.run_report import RunReport
+from pipeline.storage import open_store
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Encode an image corpus once, keep the tokens that carry information, load the cache.",
+)
+
+ConfigPath = Annotated[Path, typer.Option("--config", help="YAML file of one complete run.")]
+InputShards = Annotated[str | None, typer.Option("--input", help="Replaces input.shards.")]
+OutputUrl = Annotated[str | None, typer.Option("--output", help="Replaces output.url.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="dotted.key=value; may be repeated.")
+]
+
+
+@app.command()
+def run(
+    config: ConfigPath,
+    input_shards: InputShards = None,
+    output: OutputUrl = None,
+    overrides: Overrides = None,
+) -> None:
+    """Carve every shard of the input that is not in the cache yet."""
+    from pipeline.ray_runner import run_job
+
+    _log_to_stderr()
+    with _errors_as_lines():
+        job = resolve_job(_read_config(config, input_shards, output, overrides))
+        report = run_job(job)
+    for line in summary_lines(report, job.config.output.url):
+        print(line)
+    raise typer.Exit(int(report.exit_code))
+
+
+@app.command()
+def plan(
+    config: ConfigPath,
+    input_shards: InputShards = None,
+    output: OutputUrl = None,
+    overrides: Overrides = None,
+) -> None:
+    """Show what a run would do; change nothing."""
+    with _errors_as_lines():
+        job = resolve_job(_read_config(config, input_shards, output, overrides))
+        todo = make_plan(job, open_store(job.config.output.url))
+    print(
+        f"{len(todo.shards)} shards: {todo.num_done} done, {len(todo.todo)} to do "
+        f"({todo.todo_bytes / 1e6:.1f} MB)"
+    )
+
+
+@app.command("list")
+def list_plugins(kind: Annotated[str, typer.Argument(help="carvers, codecs or encoders")]) -> None:
+    """List the plug-ins of one kind as a Markdown table."""
+    kinds: dict[str, Callable[[], str]] = {
+        "carvers": lambda: plugin_table.markdown(carvers.names(), carvers.load),
+        "codecs": lambda: plugin_table.markdown(codecs.names(), codecs.load),
+        "encoders": lambda: plugin_table.markdown(encoders.names(), encoders.load),
+    }
+    if kind not in kinds:
+        print(f"no kind {kind!r}; known: {', '.join(kinds)}", file=sys.stderr)
+        raise typer.Exit(int(ExitCode.CONFIG))
+    print(kinds[kind]())
+
+
+@app.command()
+def inspect(url: str, key: Annotated[str | None, typer.Argument()] = None) -> None:
+    """Show what a cache holds, or one image of it."""
+    with _errors_as_lines():
+        cache = open_cache(url)
+        if key is not None:
+            image = cache[key]
+            print(
+                f"{image.key}: {len(image.positions)} of {image.grid[0]} x {image.grid[1]} x "
+                f"{image.grid[2]} tokens of width {cache.width}, image {image.width} x "
+                f"{image.height}, positions {image.positions.tolist()}"
+            )
+            return
+    settings = cache.identity["settings"]
+    snapshot = cache.reader.snapshot
+    print(f"{url}: snapshot {snapshot.number}, {snapshot.num_shards} shards, {len(cache)} images")
+    print(f"tokens: {snapshot.num_tokens}, width {cache.width}")
+    for kind in ("encoder", "carver", "codec"):
+        print(f"{kind}: {settings[kind]}")
+
+
+@app.command()
+def verify(url: str) -> None:
+    """Read every byte of a cache's snapshot and check all its checksums."""
+    damaged = 0
+    with _errors_as_lines():
+        cache = open_cache(url)
+        for problem in find_damage(cache.reader):
+            damaged += 1
+            print(problem, file=sys.stderr)
+    print(f"{url}: {len(cache)} rows checked, {damaged} problems")
+    raise typer.Exit(int(ExitCode.PARTIAL if damaged else ExitCode.OK))
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for corpus, cache and report.")] = Path(
+        "demo"
+    ),
+) -> None:
+    """Carve a small corpus on this machine and write a report; needs no network and no GPU."""
+    from pipeline.demo import run_demo
+
+    _log_to_stderr()
+    with _errors_as_lines():
+        for line in run_demo(output):
+            print(line)
+
+
+def summary_lines(report: RunReport, url: str) -> Iterator[str]:
+    """Yield the end of a run in words."""
+    if report.num_done_before == report.num_shards:
+        yield f"nothing to do: all {report.num_shards} shards are in {url}"
+    else:
+        yield (
+            f"{report.num_committed} shards committed, {len(report.failed)} failed, "
+            f"{report.num_done_before} done before, in {report.seconds:.1f} s"
+        )
+        yield (
+            f"{report.num_images} images, {report.tokens_full} tokens carved to "
+            f"{report.tokens_kept}, {report.bytes_in / 1e6:.2f} MB of images to "
+            f"{report.bytes_tokens / 1e6:.2f} MB of tokens"
+        )
+    if report.num_rejected:
+        reasons = ", ".join(f"{r} {c}" for r, c in report.num_rejected.most_common())
+        yield f"{sum(report.num_rejected.values())} samples rejected: {reasons}"
+    for failure in report.failed:
+        yield f"failed: {failure.shard} ({failure.reason}): {failure.message}"
+    if report.num_duplicates:
+        yield f"{report.num_duplicates} rows are hidden by an equal key of an earlier shard"
+    if report.interrupted:
+        yield "interrupted; the same command resumes"
+
+
+def main() -> None:
+    """Run the `carve` command."""
+    app()
+
+
+def _read_config(
+    config: Path, input_shards: str | None, output: str | None, overrides: list[str] | None
+) -> JobConfig:
+    return load_config(
+        config, input_shards=input_shards, output_url=output, overrides=overrides or ()
+    )
+
+
+@contextmanager
+def _errors_as_lines() -> Iterator[None]:
+    """Turn our own errors into one line and exit code 2; others keep their traceback."""
+    try:
+        yield
+    except PipelineError as err:
+        print(f"error: {err}", file=sys.stderr)
+        raise typer.Exit(int(ExitCode.CONFIG)) from err
+
+
+def _log_to_stderr() -> None:
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
+    )
+    logging.getLogger("pipeline").setLevel(logging.INFO)

@@ -1,0 +1,240 @@
+"""A torch dataset over a cache: packed rows from worker processes, tensors on the device.
+
+Worker processes only fetch and check bytes. The codes travel, and `Batch.padded` or
+`Batch.packed` unpacks them where they are wanted:
+
+    dataset = CarvedDataset(open_cache(url), shuffle=True, seed=0)
+    loader = DataLoader(dataset, batch_size=64, num_workers=2, collate_fn=dataset.collate)
+    for batch in loader:
+        tokens = batch.padded(device="cuda")
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
+
+from pipeline.cache import row as row_bytes
+from pipeline.cache.reader import RowPlace
+from pipeline.cache.row import StoredTokens
+from pipeline.carved_cache import CachedImage, CarvedCache
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackedRow:
+    """One image as it comes out of a worker: checked, not yet unpacked."""
+
+    place: RowPlace
+    stored: StoredTokens
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """The image's key."""
+        return self.place.key
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PaddedTokens:
+    """A batch as a rectangle; rows shorter than the longest are padded with zeros."""
+
+    features: Tensor  # (B, K, D)
+    mask: Tensor  # (B, K) bool, True where there is a token
+    positions: Tensor  # (B, K) int64; 0 in the padding
+    sizes: Tensor  # (B, K) float32; 0 in the padding
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RaggedTokens:
+    """A batch as one sequence, for attention kernels that take `cu_seqlens`."""
+
+    features: Tensor  # (sum of K, D)
+    cu_seqlens: Tensor  # (B + 1,) int32: image b is rows cu_seqlens[b] to cu_seqlens[b + 1]
+    positions: Tensor  # (sum of K,) int64
+    sizes: Tensor  # (sum of K,) float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Rows put together by `CarvedDataset.collate`."""
+
+    cache: CarvedCache
+    rows: Sequence[PackedRow]
+
+    @property
+    def keys(self) -> list[str]:
+        """Keys, in the order of the batch."""
+        return [r.key for r in self.rows]
+
+    @property
+    def columns(self) -> dict[str, list[Any]]:
+        """The asked columns, one list each, in the order of the batch."""
+        return {name: [r.columns[name] for r in self.rows] for name in self.rows[0].columns}
+
+    def images(
+        self, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> list[CachedImage]:
+        """Unpack on `device`, one `CachedImage` each."""
+        places = [r.place for r in self.rows]
+        stored = [r.stored for r in self.rows]
+        return self.cache.unpack(places, stored, device=device, dtype=dtype)
+
+    def packed(
+        self, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> RaggedTokens:
+        """Unpack on `device`, image after image."""
+        images = self.images(device=device, dtype=dtype)
+        lengths = torch.tensor([0, *(len(i.positions) for i in images)])
+        return RaggedTokens(
+            features=torch.cat([i.features for i in images]),
+            cu_seqlens=lengths.cumsum(0).to(device=device, dtype=torch.int32),
+            positions=torch.cat([i.positions for i in images]).to(device),
+            sizes=torch.cat([i.sizes for i in images]).to(device),
+        )
+
+    def padded(
+        self, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> PaddedTokens:
+        """Unpack on `device` into a rectangle."""
+        images = self.images(device=device, dtype=dtype)
+        lengths = torch.tensor([len(i.positions) for i in images])
+        mask = torch.arange(int(lengths.max()))[None, :] < lengths[:, None]
+        return PaddedTokens(
+            features=_pad([i.features for i in images]),
+            mask=mask.to(device),
+            positions=_pad([i.positions for i in images]).to(device),
+            sizes=_pad([i.sizes for i in images]).to(device),
+        )
+
+
+class CarvedDataset(IterableDataset[PackedRow]):
+    """Iterates over a cache; every row once over all ranks and workers together.
+
+    The order of an epoch depends on `seed` and the epoch alone: row groups are permuted, then
+    the rows within each. Rank r of R with W workers a rank cuts that order into R * W runs of
+    equal length, give or take one row, and each worker reads one: so ranks may differ by a few
+    rows at the end of an epoch, and none is padded or dropped.
+
+    Args:
+        cache: made by `open_cache`.
+        keep_tokens: at most this many tokens an image, the most important; None for what the
+            cache was opened with.
+        shuffle: False for the order of storage.
+        seed: of the shuffle.
+        rank: of this process; None for that of `torch.distributed` where it is initialised, or 0.
+        world_size: number of processes; None likewise, or 1.
+        columns: user columns to give with each row.
+    """
+
+    def __init__(  # noqa: PLR0913  (each is an independent choice of the user)
+        self,
+        cache: CarvedCache,
+        *,
+        keep_tokens: int | None = None,
+        shuffle: bool = False,
+        seed: int = 0,
+        rank: int | None = None,
+        world_size: int | None = None,
+        columns: Sequence[str] = (),
+    ) -> None:
+        super().__init__()
+        if keep_tokens is not None and keep_tokens < 1:
+            raise ValueError(f"keep_tokens={keep_tokens}: must be at least 1, or None for all")
+        self.cache = cache if keep_tokens is None else replace(cache, keep_tokens=keep_tokens)
+        self.shuffle = shuffle
+        self.seed = seed
+        self.columns = tuple(columns)
+        self.epoch = 0
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        self.rank = rank if rank is not None else torch.distributed.get_rank() if distributed else 0
+        if world_size is None:
+            world_size = torch.distributed.get_world_size() if distributed else 1
+        self.world_size = world_size
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(f"rank={self.rank}: must be in [0, world_size={self.world_size})")
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the shuffle of the next iteration; call it before each epoch."""
+        self.epoch = epoch
+
+    def collate(self, rows: Sequence[PackedRow]) -> Batch:
+        """Put rows together; give it to a DataLoader as `collate_fn`."""
+        return Batch(cache=self.cache, rows=list(rows))
+
+    def order(self) -> NDArray[np.int64]:
+        """Return the rows of this epoch over all ranks, as numbers by key; (number of rows,)."""
+        index = self.cache.reader.index
+        columns = [index[name].to_numpy() for name in ("row", "row_group", "file")]
+        stored = np.lexsort(columns)
+        if not self.shuffle:
+            return stored
+        groups = np.stack([columns[2][stored], columns[1][stored]])
+        starts = np.flatnonzero(np.any(np.diff(groups, axis=1), axis=0)) + 1
+        runs = np.split(stored, starts)
+        generator = np.random.default_rng([self.seed, self.epoch])
+        shuffled = [generator.permutation(runs[i]) for i in generator.permutation(len(runs))]
+        return np.concatenate(shuffled)
+
+    def __iter__(self) -> Iterator[PackedRow]:
+        worker = get_worker_info()
+        num_workers = worker.num_workers if worker else 1
+        part = self.rank * num_workers + (worker.id if worker else 0)
+        order = self.order()
+        cuts = np.linspace(0, len(order), self.world_size * num_workers + 1).astype(int)
+        mine = order[cuts[part] : cuts[part + 1]]
+        for places in self._runs(mine):
+            yield from self._read(places)
+
+    def _runs(self, numbers: NDArray[np.int64]) -> Iterator[list[RowPlace]]:
+        """Yield the rows of one row group after another."""
+        run: list[RowPlace] = []
+        for number in numbers:
+            place = self.cache.reader.place(int(number))
+            if run and (place.path, place.row_group) != (run[0].path, run[0].row_group):
+                yield run
+                run = []
+            run.append(place)
+        if run:
+            yield run
+
+    def _read(self, places: Sequence[RowPlace]) -> Iterator[PackedRow]:
+        """Fetch rows of one row group: as a whole, or by ranges where that is far less."""
+        reader = self.cache.reader
+        part = reader.part(places[0].path)
+        group = part.metadata.row_group(places[0].row_group)
+        wanted = sum(self._num_bytes(place) for place in places)
+        by_range = 2 * wanted < group.total_byte_size and not self.columns
+        if by_range:
+            stored = reader.read_many(places, self.cache.keep_tokens)
+            for place, tokens in zip(places, stored, strict=True):
+                yield PackedRow(place=place, stored=tokens)
+            return
+        names = ["tokens", "aux", *self.columns]
+        table = part.read_row_group(places[0].row_group, columns=names)
+        for place in places:
+            values = {name: table[name][place.row] for name in names}
+            tokens = row_bytes.unpack_row(
+                memoryview(values["tokens"].as_buffer()),
+                memoryview(values["aux"].as_buffer()),
+                tokens_length=place.tokens_length,
+                keep_tokens=self.cache.keep_tokens,
+                where=f"{reader.store.url}/{place.path} key {place.key!r}",
+            )
+            given = {name: values[name].as_py() for name in self.columns}
+            yield PackedRow(place=place, stored=tokens, columns=given)
+
+    def _num_bytes(self, place: RowPlace) -> int:
+        keep = self.cache.keep_tokens
+        tokens = row_bytes.prefix_bytes(
+            place.tokens_length, num_tokens=place.num_tokens, keep_tokens=keep
+        )
+        return tokens + place.aux_length
+
+
+def _pad(pieces: Sequence[Tensor]) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence(list(pieces), batch_first=True)

@@ -1,0 +1,151 @@
+"""A checked run: its config with the plug-ins built and everything that identifies its output."""
+
+import importlib.metadata
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from pipeline import carvers, codecs, encoders
+from pipeline.cache import layout
+from pipeline.carvers import Carver
+from pipeline.codecs import Codec
+from pipeline.config import JobConfig, PluginConfig
+from pipeline.decode import DecodeOptions
+from pipeline.encoders import Encoder
+from pipeline.errors import ConfigError, MissingSignalError
+from pipeline.source import SourceOptions
+from pipeline.types import ShardRef
+
+T = TypeVar("T")
+
+_VERSIONED = ("carvecache", "torch", "transformers", "pyarrow", "pillow", "ray")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Everything that an actor needs to carve a shard. Cheap to make and to pickle."""
+
+    config: JobConfig
+    encoder: Encoder
+    carver: Carver
+    codec: Codec
+    source: SourceOptions
+    decode: DecodeOptions
+    settings: Mapping[str, Any]  # whatever changes stored values, as JSON
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits of `settings`."""
+        return layout.fingerprint(self.settings)
+
+    @property
+    def columns(self) -> Sequence[str]:
+        """Names of the user's text columns."""
+        return self.source.column_suffixes
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """What each part says about itself."""
+        return {
+            "format_version": layout.FORMAT_VERSION,
+            "fingerprint": self.fingerprint,
+            "settings": self.settings,
+            "nested": type(self.carver).nested,
+        }
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """What `carve.json` holds."""
+        return {
+            **self.metadata,
+            "config": self.config.model_dump(mode="json"),
+            "versions": {name: importlib.metadata.version(name) for name in _VERSIONED},
+        }
+
+    def work_fingerprint(self, shard: ShardRef) -> str:
+        """Return 16 hex digits that identify this job's work on one version of one shard."""
+        return layout.fingerprint([self.fingerprint, shard.url, shard.size, shard.etag])
+
+
+def resolve_job(config: JobConfig) -> Job:
+    """Build the plug-ins of a run and check that they fit together; loads no weights.
+
+    Raises:
+        ConfigError: names every problem found.
+    """
+    problems: list[str] = []
+    encoder = _attempt(problems, lambda: _build(encoders.build, config.encoder))
+    carver = _attempt(problems, lambda: _build(carvers.build, config.carver))
+    codec = _attempt(problems, lambda: _build(codecs.build, config.codec))
+    described = _attempt(problems, encoder.describe) if encoder else None
+    if encoder and carver and described is not None:
+        _attempt(problems, lambda: _check_signals(config, encoder, carver))
+    columns = _attempt(problems, lambda: _check_columns(config))
+    if problems or not (encoder and carver and codec) or described is None or columns is None:
+        raise ConfigError("; ".join(problems))
+    source = SourceOptions(
+        image_suffixes=tuple(config.input.image_suffixes),
+        column_suffixes=columns,
+        max_member_bytes=config.input.max_member_mib << 20,
+        on_truncated=config.input.on_truncated,
+    )
+    decode = DecodeOptions(max_pixels=int(config.input.max_megapixels * 1_000_000))
+    settings = {
+        "encoder": {"name": config.encoder.name, **described},
+        "carver": {"name": config.carver.name, "options": config.carver.options},
+        "codec": {"name": config.codec.name, "options": config.codec.options},
+        "width": encoder.width,
+        "dtype": config.runner.dtype,
+        "input": {
+            "image_suffixes": list(source.image_suffixes),
+            "columns": list(columns),
+            "max_member_bytes": source.max_member_bytes,
+            "max_pixels": decode.max_pixels,
+            "on_truncated": source.on_truncated,
+        },
+    }
+    return Job(
+        config=config,
+        encoder=encoder,
+        carver=carver,
+        codec=codec,
+        source=source,
+        decode=decode,
+        settings=settings,
+    )
+
+
+def _attempt(problems: list[str], action: Callable[[], T]) -> T | None:
+    try:
+        return action()
+    except ConfigError as err:
+        problems.append(str(err))
+        return None
+
+
+def _build(build: Callable[[str, Mapping[str, Any]], T], plugin: PluginConfig) -> T:
+    return build(plugin.name, plugin.options)
+
+
+def _check_signals(config: JobConfig, encoder: Encoder, carver: Carver) -> None:
+    missing = carver.needs - encoder.yields
+    if missing:
+        raise MissingSignalError(
+            f"carver {config.carver.name!r} needs {_names(missing)}, which encoder "
+            f"{config.encoder.name!r} cannot give (it gives {_names(encoder.yields)}): change the "
+            "carver's options or the encoder"
+        )
+
+
+def _check_columns(config: JobConfig) -> tuple[str, ...]:
+    fixed = {f.name for f in layout.FIXED_COLUMNS}
+    taken = fixed & {*config.input.columns}
+    if taken:
+        raise ConfigError(f"input.columns: {_names(taken)} is a column of the cache itself")
+    if len({*config.input.columns}) != len(config.input.columns):
+        raise ConfigError(f"input.columns: a name occurs twice in {config.input.columns}")
+    return tuple(config.input.columns)
+
+
+def _names(values: Sequence[str] | frozenset[str] | set[str]) -> str:
+    return ", ".join(sorted(values)) or "nothing"

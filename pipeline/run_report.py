@@ -1,0 +1,136 @@
+"""What one run did: counted while it goes on, stored in the cache at its end."""
+
+import io
+import time
+import uuid
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.cache import layout
+from pipeline.cache.commit import Commit
+from pipeline.errors import ExitCode
+from pipeline.storage import Store
+
+_FAILURES_SCHEMA = pa.schema(
+    [
+        pa.field("shard", pa.string(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("message", pa.string(), nullable=False),
+        pa.field("attempts", pa.int32(), nullable=False),
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FailedShard:
+    """A shard that this run gave up."""
+
+    shard: str
+    reason: str
+    message: str
+    attempts: int
+
+
+@dataclass(kw_only=True)
+class RunReport:
+    """Counts of one run; `images` moves while shards are in flight, the rest at their end."""
+
+    num_shards: int = 0
+    num_done_before: int = 0
+    num_committed: int = 0
+    failed: list[FailedShard] = field(default_factory=list)
+    retries: Counter[str] = field(default_factory=Counter)  # by reason
+    num_images: int = 0  # committed
+    num_rejected: Counter[str] = field(default_factory=Counter)  # samples by reason
+    bytes_in: int = 0
+    tokens_full: int = 0
+    tokens_kept: int = 0
+    bytes_tokens: int = 0
+    stage_seconds: dict[str, float] = field(default_factory=dict)
+    num_duplicates: int = 0
+    interrupted: bool = False
+    peak_rss_bytes: int = 0  # of the largest actor
+    snapshot: int | None = None
+    run_id: str = field(
+        default_factory=lambda: (
+            time.strftime("%Y%m%dT%H%M%S-", time.gmtime()) + uuid.uuid4().hex[:6]
+        )
+    )
+    started_at: float = field(default_factory=time.time)
+    finished_at: float | None = None
+
+    def add(self, commit: Commit) -> None:
+        """Count a committed shard."""
+        self.num_committed += 1
+        self.num_images += commit.num_written
+        self.num_rejected.update(commit.rejected)
+        self.bytes_in += commit.bytes_in
+        self.tokens_full += commit.tokens_full
+        self.tokens_kept += commit.tokens_kept
+        self.bytes_tokens += commit.bytes_tokens
+        for stage, seconds in commit.details["stage_seconds"].items():
+            self.stage_seconds[stage] = self.stage_seconds.get(stage, 0.0) + seconds
+
+    @property
+    def seconds(self) -> float:
+        """Wall time so far, or of the whole run."""
+        return (self.finished_at or time.time()) - self.started_at
+
+    @property
+    def exit_code(self) -> ExitCode:
+        """How the run ended."""
+        if self.interrupted:
+            return ExitCode.INTERRUPTED
+        if self.failed and not self.num_committed:
+            return ExitCode.NOTHING_COMMITTED
+        if self.failed or self.num_duplicates:
+            return ExitCode.PARTIAL
+        return ExitCode.OK
+
+    def to_json(self) -> Mapping[str, Any]:
+        """Return what `summary.json` holds."""
+        failures = Counter(f.reason for f in self.failed)
+        return {
+            "run_id": self.run_id,
+            "exit_code": int(self.exit_code),
+            "started_at": self.started_at,
+            "seconds": round(self.seconds, 3),
+            "shards": {
+                "total": self.num_shards,
+                "done_before": self.num_done_before,
+                "committed": self.num_committed,
+                "failed": len(self.failed),
+            },
+            "failed_by_reason": dict(sorted(failures.items())),
+            "retries_by_reason": dict(sorted(self.retries.items())),
+            "images": self.num_images,
+            "rejected_by_reason": dict(sorted(self.num_rejected.items())),
+            "images_per_second": round(self.num_images / max(self.seconds, 1e-9), 2),
+            "bytes_in": self.bytes_in,
+            "tokens_full": self.tokens_full,
+            "tokens_kept": self.tokens_kept,
+            "bytes_tokens": self.bytes_tokens,
+            "stage_seconds": {k: round(v, 3) for k, v in sorted(self.stage_seconds.items())},
+            "duplicate_keys": self.num_duplicates,
+            "peak_rss_bytes": self.peak_rss_bytes,
+            "snapshot": self.snapshot,
+        }
+
+    def save(self, store: Store) -> None:
+        """Write `summary.json`, and `failures.parquet` if a shard failed."""
+        self.finished_at = self.finished_at or time.time()
+        store.put(layout.run_path(self.run_id, "summary.json"), layout.dump_json(self.to_json()))
+        if self.failed:
+            columns = [[getattr(f, n) for f in self.failed] for n in _FAILURES_SCHEMA.names]
+            table = pa.Table.from_arrays(
+                [pa.array(c, f.type) for c, f in zip(columns, _FAILURES_SCHEMA, strict=True)],
+                schema=_FAILURES_SCHEMA,
+            )
+            sink = io.BytesIO()
+            pq.write_table(table, sink)
+            store.put(layout.run_path(self.run_id, "failures.parquet"), sink.getvalue())
