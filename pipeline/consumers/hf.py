@@ -1,0 +1,169 @@
+"""Hand cached tokens to transformers, in place of pixels.
+
+Works with the `mm_encoder_outputs` input of transformers 5.23 and later, for models whose image
+tokens stand in the text like words, one position each: LLaVA-1.5, LLaVA-NeXT, LLaVA-OneVision.
+Nothing of the vision tower is used, so it need not be on the accelerator.
+
+T text and image tokens of the longest prompt; P prompts.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from pipeline.errors import ConfigError
+
+MODEL_TYPES = frozenset({"llava", "llava_next", "llava_onevision"})
+"""`config.model_type` of the models served. Others place image tokens on a grid (Qwen-VL) or take
+their features in another form (InternVL, Gemma)."""
+
+STAGES = ("projected", "pre_projector")
+"""Stages of stored features: as the language model takes them, or as the tower gives them."""
+
+
+class HasFeatures(Protocol):
+    """Anything with `features` (K, D), such as `CarvedTokens` or a row of a cache."""
+
+    @property
+    def features(self) -> Tensor:
+        """(K, D) features of one image."""
+
+
+def prepare(
+    model: Any,  # noqa: ANN401  (transformers is untyped)
+    processor: Any,  # noqa: ANN401
+    prompts: Sequence[str],
+    carved: Sequence[Tensor | HasFeatures],
+    *,
+    stage: str = "projected",
+) -> dict[str, Any]:
+    """Return the inputs of `generate` and `forward` for prompts with cached images.
+
+    Every image token in a prompt (`<image>` for LLaVA) is repeated once per kept token of its
+    image, so images of one batch may differ in how many they kept. Prompts are padded on the
+    left, as `generate` needs. What generate returns starts with these `input_ids`. Call again for
+    the next `generate`: transformers may change the result where it searches with beams.
+
+    Args:
+        model: a `...ForConditionalGeneration` of one of `MODEL_TYPES`.
+        processor: the model's processor, or its tokenizer alone.
+        prompts: P texts, each with one image token per image of its own; it may have none.
+        carved: the images of all prompts in order of appearance, each (K, D) features or an
+            object that holds them as `features`; any float dtype, any device.
+        stage: where the features were stored. `pre_projector` ones go through the model's own
+            projector here, with gradients where they are enabled, so that it can be trained.
+
+    Returns:
+        `input_ids` (P, T) int64, `attention_mask` (P, T) int64, and, where there are images,
+        `mm_encoder_outputs`; on the model's device.
+
+    Raises:
+        ConfigError: the model, the tokenizer or the stage cannot be used this way, or the
+            features are of another width than the model's.
+        ValueError: no prompts, an image without tokens, or not as many images as image tokens.
+    """
+    _check_model(model, stage)
+    rows = [_rows(image, index) for index, image in enumerate(carved)]
+    tokenizer = getattr(processor, "tokenizer", processor)
+    ids = _expand(_tokenize(tokenizer, prompts), model.config.image_token_id, rows)
+    input_ids_PT, mask_PT = _pad_left(ids, _pad_id(tokenizer, model.config.image_token_id))
+    inputs: dict[str, Any] = {
+        "input_ids": input_ids_PT.to(model.device),
+        "attention_mask": mask_PT.to(model.device),
+    }
+    if rows:
+        features = _features(model, rows, stage)
+        outputs = BaseModelOutputWithPooling(pooler_output=features)
+        inputs["mm_encoder_outputs"] = {"image": outputs}
+    return inputs
+
+
+def _check_model(model: Any, stage: str) -> None:  # noqa: ANN401
+    if stage not in STAGES:
+        raise ConfigError(f"no stage {stage!r}; known: {', '.join(STAGES)}")
+    kind = model.config.model_type
+    if kind not in MODEL_TYPES:
+        known = ", ".join(sorted(MODEL_TYPES))
+        raise ConfigError(f"models of type {kind!r} cannot take cached tokens yet; known: {known}")
+
+
+def _rows(image: Tensor | HasFeatures, index: int) -> Tensor:
+    rows_KD = image if isinstance(image, Tensor) else image.features
+    if rows_KD.ndim != 2 or len(rows_KD) == 0:
+        raise ValueError(
+            f"features of image {index} have the shape {tuple(rows_KD.shape)}, expected (K, D) "
+            "with K at least 1"
+        )
+    return rows_KD
+
+
+def _tokenize(tokenizer: Any, prompts: Sequence[str]) -> list[Tensor]:  # noqa: ANN401
+    if isinstance(prompts, str) or not prompts:
+        raise ValueError(f"prompts are {prompts!r}, expected a list of at least one text")
+    encoded = tokenizer(list(prompts), padding=False, return_attention_mask=False)
+    return [torch.tensor(ids, dtype=torch.long) for ids in encoded["input_ids"]]
+
+
+def _expand(ids: Sequence[Tensor], image_token_id: int, rows: Sequence[Tensor]) -> list[Tensor]:
+    """Repeat each image token once per kept token of its image."""
+    images_per_prompt = [int((prompt == image_token_id).sum()) for prompt in ids]
+    if sum(images_per_prompt) != len(rows):
+        raise ValueError(
+            f"{len(rows)} images for {sum(images_per_prompt)} image tokens (id {image_token_id}) "
+            f"in the prompts, which hold {images_per_prompt}; write one image token per image"
+        )
+    kept = torch.tensor([len(image) for image in rows], dtype=torch.long)
+    expanded = []
+    for prompt, counts in zip(ids, torch.split(kept, images_per_prompt), strict=True):
+        repeats = torch.ones_like(prompt)
+        repeats[prompt == image_token_id] = counts
+        expanded.append(prompt.repeat_interleave(repeats))
+    return expanded
+
+
+def _pad_id(tokenizer: Any, image_token_id: int) -> int:  # noqa: ANN401
+    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        # A pad that is an image token would be counted as a place for features.
+        if candidate is not None and candidate != image_token_id:
+            return int(candidate)
+    raise ConfigError(
+        "the tokenizer has neither a pad token nor an end token that is not the image token; "
+        "set tokenizer.pad_token"
+    )
+
+
+def _pad_left(ids: Sequence[Tensor], pad_id: int) -> tuple[Tensor, Tensor]:
+    length = max(len(prompt) for prompt in ids)
+    input_ids_PT = torch.full((len(ids), length), pad_id, dtype=torch.long)
+    mask_PT = torch.zeros_like(input_ids_PT)
+    for index, prompt in enumerate(ids):
+        start = length - len(prompt)
+        input_ids_PT[index, start:] = prompt
+        mask_PT[index, start:] = 1
+    return input_ids_PT, mask_PT
+
+
+def _features(model: Any, rows: Sequence[Tensor], stage: str) -> list[Tensor]:  # noqa: ANN401
+    """Return the features of each image as the language model takes them."""
+    if stage == "projected":
+        width = model.config.get_text_config().hidden_size
+        remedy = "stored before the projector? then pass stage='pre_projector'"
+        _check_width(rows, width, remedy)
+        return [image.to(model.device) for image in rows]
+    projector: nn.Module = model.base_model.multi_modal_projector
+    weight: Tensor = projector.get_parameter("linear_1.weight")
+    _check_width(rows, weight.shape[1], "stored after the projector? then pass stage='projected'")
+    joined = torch.cat([image.to(weight.device, weight.dtype) for image in rows])
+    return list(torch.split(projector(joined), [len(image) for image in rows]))
+
+
+def _check_width(rows: Sequence[Tensor], width: int, remedy: str) -> None:
+    for index, image in enumerate(rows):
+        if image.shape[1] != width:
+            raise ConfigError(
+                f"features of image {index} are {image.shape[1]} wide and the model takes {width} "
+                f"at this stage; {remedy}"
+            )
