@@ -1,0 +1,293 @@
+"""From an image of any size to the pixels a tower takes, as the model's own processor makes them.
+
+The geometry (pad, resize, crop) happens in uint8 with Pillow, the arithmetic (rescale, normalise)
+in torch on the device: a prepared image is a quarter of the size of its floats. Which defaults
+hold for a setting that a checkpoint leaves out is asked of the processor classes of transformers.
+"""
+
+import importlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pipeline.encoders._base import Pixels
+from pipeline.errors import ConfigError, EncodeError
+
+_PROCESSORS: Mapping[str, str] = {
+    "BitImageProcessor": "bit",
+    "CLIPImageProcessor": "clip",
+    "LlavaImageProcessor": "llava",
+    "SiglipImageProcessor": "siglip",
+    "ViTImageProcessor": "vit",
+}
+_HANDLED = frozenset(
+    [
+        "do_resize",
+        "size",
+        "resample",
+        "default_to_square",
+        "do_center_crop",
+        "crop_size",
+        "do_rescale",
+        "rescale_factor",
+        "do_normalize",
+        "image_mean",
+        "image_std",
+        "do_pad",
+    ]
+)
+# These say nothing about the pixels of one RGB image given as (H, W, 3).
+_WITHOUT_EFFECT = frozenset(
+    [
+        "image_processor_type",
+        "feature_extractor_type",
+        "processor_class",
+        "do_convert_rgb",
+        "device",
+        "return_tensors",
+        "disable_grouping",
+        "image_seq_length",
+        "_valid_processor_keys",
+        "transformers_version",
+    ]
+)
+# Beyond this many times the cropped area, only the cropped part is resized.
+_MAX_WASTE = 4
+_MAX_PIXELS = 2**27  # of one intermediate image: 512 MiB in Pillow
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessor:
+    """What an image processor does to one RGB image: pad, resize, crop, rescale, normalise.
+
+    Sizes are (rows, columns). A step that is None is left out.
+    """
+
+    pad_color: tuple[int, int, int] | None  # pad to a square first
+    shortest_edge: int | None  # resize to this, keeping the proportions; or
+    size: tuple[int, int] | None  # resize to exactly this
+    resample: int  # Pillow's number of the filter
+    crop: tuple[int, int] | None  # around the centre; zeros where the image is smaller
+    scale: float
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    @property
+    def output_size(self) -> tuple[int, int] | None:
+        """Rows and columns of every result; None if they depend on the image."""
+        if self.crop is None and self.pad_color is not None and self.shortest_edge is not None:
+            return (self.shortest_edge, self.shortest_edge)
+        return self.crop or self.size
+
+    def prepare(self, image: Pixels) -> Pixels:
+        """Pad, resize and crop one (H, W, 3) uint8 image; may run in several threads at once.
+
+        The result equals the processor's own before rescaling, with one exception: an image so
+        elongated that more than three quarters of the resized image would be cut off is resized
+        in the cropped part only. Pillow holds the borders of such a part in single precision, so
+        a value may then differ by 1 of 255.
+
+        Raises:
+            EncodeError: the image is so elongated that it would fill memory on the way.
+        """
+        if self.pad_color is not None:
+            image = _pad_to_square(image, self.pad_color)
+        target = self._resized(*image.shape[:2])
+        if target is not None and target != image.shape[:2]:
+            if self._is_wasteful(target):
+                image = self._resize_part(image, target)
+            else:
+                image = self._resize(image, target)
+        if self.crop is not None and self.crop != image.shape[:2]:
+            image = _center_crop(image, self.crop)
+        return np.ascontiguousarray(image)
+
+    def normalise(self, pixels_BHWC: Tensor) -> Tensor:
+        """Rescale and normalise uint8 pixels where they lie.
+
+        Returns:
+            (B, 3, H, W) float32, equal to the processor's result but for the last bit.
+        """
+        planes_BCHW = pixels_BHWC.permute(0, 3, 1, 2).contiguous().to(torch.float32)
+        mean, std = (
+            torch.tensor(value, device=planes_BCHW.device).view(1, 3, 1, 1)
+            for value in (self.mean, self.std)
+        )
+        return planes_BCHW.mul_(self.scale).sub_(mean).div_(std)
+
+    def _resized(self, height: int, width: int) -> tuple[int, int] | None:
+        if self.shortest_edge is None:
+            return self.size
+        short, long = min(height, width), max(height, width)
+        edges = (self.shortest_edge, int(self.shortest_edge * long / short))
+        return edges if height <= width else edges[::-1]
+
+    def _is_wasteful(self, target: tuple[int, int]) -> bool:
+        if self.crop is None or self.crop[0] > target[0] or self.crop[1] > target[1]:
+            return False
+        return math.prod(target) > _MAX_WASTE * math.prod(self.crop)
+
+    def _resize(self, image: Pixels, target: tuple[int, int]) -> Pixels:
+        height, width = target
+        _check_pixels(max(height, image.shape[0]), width, image)  # Pillow resizes rows first
+        resized = Image.fromarray(image).resize((width, height), self.resample)
+        if self.crop is not None and self.crop[0] <= height and self.crop[1] <= width:
+            top, left = (height - self.crop[0]) // 2, (width - self.crop[1]) // 2
+            resized = resized.crop((left, top, left + self.crop[1], top + self.crop[0]))
+        return np.asarray(resized)
+
+    def _resize_part(self, image: Pixels, target: tuple[int, int]) -> Pixels:
+        """Resize as if to `target` and crop, but compute only what the crop keeps.
+
+        In two steps, columns then rows, because that is the order of Pillow's own two passes.
+        """
+        assert self.crop is not None
+        rows, columns = self.crop
+        x_scale, y_scale = image.shape[1] / target[1], image.shape[0] / target[0]
+        left, top = (target[1] - columns) // 2 * x_scale, (target[0] - rows) // 2 * y_scale
+        right, bottom = left + columns * x_scale, top + rows * y_scale
+        # Rows beyond the part that the widest filter (Lanczos, 3) still reaches.
+        margin = math.ceil(3 * max(1.0, y_scale)) + 1
+        first = max(0, math.floor(top) - margin)
+        last = min(image.shape[0], math.ceil(bottom) + margin)
+        _check_pixels(last - first, columns, image)
+        strip = Image.fromarray(image[first:last])
+        strip = strip.resize((columns, rows_in := last - first), self.resample,
+                             box=(left, 0, right, rows_in))  # fmt: skip
+        part = strip.resize(
+            (columns, rows), self.resample, box=(0, top - first, columns, bottom - first)
+        )
+        return np.asarray(part)
+
+
+def read_preprocessor(settings: Mapping[str, Any], *, model: str) -> Preprocessor:
+    """Read an image processor's settings as a checkpoint holds them.
+
+    Args:
+        settings: content of `preprocessor_config.json`.
+        model: named in messages.
+
+    Raises:
+        ConfigError: a setting is not supported; it is named.
+    """
+    kind = _kind(settings, model)
+    _reject_unknown(settings, kind, model)
+    module = importlib.import_module(
+        f"transformers.models.{_PROCESSORS[kind]}.image_processing_pil_{_PROCESSORS[kind]}"
+    )
+    given = {name: value for name, value in settings.items() if name in _HANDLED}
+    try:
+        own = getattr(module, f"{kind}Pil")(**given)
+    except (TypeError, ValueError) as err:
+        raise ConfigError(f"image processor of model {model!r}: {err}") from err
+    mean, std = _triple(own.image_mean), _triple(own.image_std)
+    shortest_edge, size = _resize_target(own, model) if own.do_resize else (None, None)
+    pads = bool(own.do_pad) and kind == "LlavaImageProcessor"
+    return Preprocessor(
+        pad_color=_pad_color(own.image_mean) if pads else None,
+        shortest_edge=shortest_edge,
+        size=size,
+        resample=_resample(own.resample, model),
+        crop=(own.crop_size.height, own.crop_size.width) if own.do_center_crop else None,
+        scale=float(own.rescale_factor) if own.do_rescale else 1.0,
+        mean=mean if own.do_normalize else (0.0, 0.0, 0.0),
+        std=std if own.do_normalize else (1.0, 1.0, 1.0),
+    )
+
+
+def _kind(settings: Mapping[str, Any], model: str) -> str:
+    name = settings.get("image_processor_type") or settings.get("feature_extractor_type") or ""
+    kind = str(name).replace("FeatureExtractor", "ImageProcessor")
+    kind = kind.removesuffix("Fast").removesuffix("Pil")
+    if kind not in _PROCESSORS:
+        raise _unsupported("image_processor_type", name, model, f"known: {', '.join(_PROCESSORS)}")
+    return kind
+
+
+def _reject_unknown(settings: Mapping[str, Any], kind: str, model: str) -> None:
+    for name, value in settings.items():
+        if name in _WITHOUT_EFFECT or value is None or value is False:
+            continue
+        if name == "do_pad" and kind != "LlavaImageProcessor":
+            raise _unsupported(name, value, model, "only LlavaImageProcessor pads each image")
+        if name == "data_format" and value in ("channels_first", "ChannelDimension.FIRST"):
+            continue
+        if name not in _HANDLED:
+            raise _unsupported(name, value, model, "remove it if it has no effect on pixels")
+
+
+def _resize_target(own: Any, model: str) -> tuple[int | None, tuple[int, int] | None]:  # noqa: ANN401
+    given = {name: value for name, value in dict(own.size).items() if value}
+    if set(given) == {"shortest_edge"}:
+        return int(given["shortest_edge"]), None
+    if set(given) == {"height", "width"}:
+        return None, (int(given["height"]), int(given["width"]))
+    raise _unsupported("size", given, model, "known: shortest_edge alone, or height and width")
+
+
+def _resample(value: object, model: str) -> int:
+    if value is None:
+        return int(Image.Resampling.BILINEAR)
+    try:
+        return int(Image.Resampling(int(value)))  # type: ignore[call-overload]
+    except (TypeError, ValueError) as err:
+        raise _unsupported("resample", value, model, "known: Pillow's numbers 0 to 5") from err
+
+
+def _unsupported(name: str, value: object, model: str, remedy: str) -> ConfigError:
+    return ConfigError(
+        f"image processor of model {model!r}: setting {name!r} = {value!r} is not supported; "
+        f"{remedy}"
+    )
+
+
+def _triple(value: Any) -> tuple[float, float, float]:  # noqa: ANN401
+    numbers = tuple(value) if isinstance(value, (tuple, list)) else (value,) * 3
+    first, second, third = (float(number) for number in numbers)
+    return first, second, third
+
+
+def _pad_color(mean: Any) -> tuple[int, int, int]:  # noqa: ANN401
+    first, second, third = (int(number * 255) for number in _triple(mean))
+    return first, second, third
+
+
+def _pad_to_square(image: Pixels, color: tuple[int, int, int]) -> Pixels:
+    height, width = image.shape[:2]
+    if height == width:
+        return image
+    edge = max(height, width)
+    _check_pixels(edge, edge, image)
+    padded = np.empty((edge, edge, 3), dtype=np.uint8)
+    padded[:] = color
+    top, left = (edge - height) // 2, (edge - width) // 2
+    padded[top : top + height, left : left + width] = image
+    return padded
+
+
+def _center_crop(image: Pixels, crop: tuple[int, int]) -> Pixels:
+    (height, width), (rows, columns) = image.shape[:2], crop
+    top, left = (height - rows) // 2, (width - columns) // 2
+    if top < 0 or left < 0:
+        # The image is put off-centre by half a pixel where the missing part is odd, as upstream.
+        above, before = math.ceil(max(0, rows - height) / 2), math.ceil(max(0, columns - width) / 2)
+        canvas = np.zeros((max(height, rows), max(width, columns), 3), dtype=np.uint8)
+        canvas[above : above + height, before : before + width] = image
+        image, top, left = canvas, max(0, top + above), max(0, left + before)
+    return image[top : top + rows, left : left + columns]
+
+
+def _check_pixels(height: int, width: int, image: Pixels) -> None:
+    if height * width > _MAX_PIXELS:
+        raise EncodeError(
+            f"image of {image.shape[0]} x {image.shape[1]} pixels is too elongated: it would be "
+            f"{height} x {width} on its way to the model",
+            key="",
+            reason="too_elongated",
+        )

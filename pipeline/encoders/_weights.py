@@ -1,0 +1,269 @@
+"""A checkpoint: its config, its image processor's settings, and the weights that are wanted of it.
+
+A checkpoint is a local directory or a repository of the Hugging Face hub. Of the latter only the
+files that hold a wanted tensor are fetched. Weights come from safetensors files only: the older
+`.bin` files are pickles, and a pickle is a program.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.encoders._safetensors import SafetensorsFile
+from pipeline.errors import ConfigError
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_HUB_ID = re.compile(r"[\w\-.]+(/[\w\-.]+)?")
+
+
+class Source(NamedTuple):
+    """Where a parameter comes from: a stored tensor, or one of several equal slices of it."""
+
+    key: str
+    part: int = 0
+    parts: int = 1
+
+
+class Checkpoint:
+    """One model as it is published.
+
+    Args:
+        model: local directory, or id of a hub repository.
+        revision: branch, tag or commit of a hub repository; None is its default branch.
+
+    Raises:
+        ConfigError: there is no such model, or it cannot be reached.
+    """
+
+    def __init__(self, model: str, revision: str | None = None) -> None:
+        if not model:
+            raise ConfigError("option 'model' is empty; give a local directory or a hub id")
+        self.model = model
+        self.is_local = Path(model).expanduser().is_dir()
+        self.revision = revision
+        if self.is_local and revision is not None:
+            raise ConfigError(
+                f"option 'revision' {revision!r} has no meaning for the local directory {model!r}; "
+                "leave it out"
+            )
+        if not self.is_local:
+            if not _HUB_ID.fullmatch(model):
+                raise ConfigError(f"no model directory {model!r}; check the path")
+            # Every later file is asked for by commit, so that all are of one state.
+            self.revision = self._require("config.json").parent.name
+
+    @cached_property
+    def config(self) -> Mapping[str, Any]:
+        """Content of `config.json`."""
+        return _read_json(self._require("config.json"))
+
+    @cached_property
+    def processor(self) -> Mapping[str, Any]:
+        """Settings of the image processor, found as transformers finds them."""
+        nested = self.find("processor_config.json")
+        if nested is not None:
+            settings = _read_json(nested).get("image_processor")
+            if isinstance(settings, dict):
+                return settings
+        return _read_json(self._require("preprocessor_config.json"))
+
+    @cached_property
+    def _files(self) -> Mapping[str, str]:
+        """File name by tensor name."""
+        index = self.find(_INDEX)
+        if index is not None:
+            weight_map = _read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise ConfigError(f"{index} has no 'weight_map'; download it again")
+            foreign = sorted(n for n in set(weight_map.values()) if Path(n).name != n)
+            if foreign:
+                raise ConfigError(f"{index} points outside its directory: {foreign[0]!r}")
+            return weight_map
+        if self.find(_SINGLE) is None:
+            raise ConfigError(self._no_safetensors())
+        return dict.fromkeys(self._open(_SINGLE).entries, _SINGLE)
+
+    @cached_property
+    def _opened(self) -> dict[str, SafetensorsFile]:
+        return {}
+
+    def keys(self) -> frozenset[str]:
+        """Return the names of all stored tensors."""
+        return frozenset(self._files)
+
+    def read(self, source: Source) -> Tensor:
+        """Read one tensor to the CPU, in the type it is stored in."""
+        file = self._open(self._files[source.key])
+        self._check_key(file, source.key)
+        return file.read(source.key, part=source.part, parts=source.parts)
+
+    def read_rows(self, key: str, rows: Sequence[int]) -> Tensor:
+        """Read some rows of a stored matrix."""
+        file = self._open(self._files[key])
+        self._check_key(file, key)
+        return file.read_rows(key, rows)
+
+    def digest(self) -> str:
+        """Return a hash that changes with the config, the processor's settings and the weights.
+
+        Of a hub repository the commit stands for the weights: it names their content already, and
+        hashing them would fetch all of them. Of local files, size, header and a block of every
+        tensor are read. Where the directory lies and what it is called does not enter.
+        """
+        settings = {k: v for k, v in self.config.items() if k != "_name_or_path"}
+        digest = hashlib.sha256()
+        for part in (settings, dict(self.processor)):
+            digest.update(json.dumps(part, sort_keys=True).encode() + b"\0")
+        if not self.is_local:
+            digest.update(str(self.revision).encode())
+            return digest.hexdigest()
+        for name in sorted(set(self._files.values())):
+            for block in self._open(name).samples():
+                digest.update(block)
+        return digest.hexdigest()
+
+    def find(self, name: str) -> Path | None:
+        """Return the path of a file of this checkpoint, fetching it; None if it has no such file.
+
+        Raises:
+            ConfigError: the hub cannot be asked.
+        """
+        if self.is_local:
+            path = Path(self.model).expanduser() / name
+            return path if path.is_file() else None
+        return _fetch(self.model, name, self.revision)
+
+    def _require(self, name: str) -> Path:
+        path = self.find(name)
+        if path is None:
+            raise ConfigError(
+                f"model {self.model!r} has no {name}; give a directory written by save_pretrained "
+                "of both model and processor"
+            )
+        return path
+
+    def _open(self, name: str) -> SafetensorsFile:
+        if name not in self._opened:
+            self._opened[name] = SafetensorsFile(self._require(name))
+        return self._opened[name]
+
+    def _check_key(self, file: SafetensorsFile, key: str) -> None:
+        if key not in file.entries:
+            raise ConfigError(f"{file.path} lacks tensor {key!r} that {_INDEX} places there")
+
+    def _no_safetensors(self) -> str:
+        bins = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+        if any(self.find(name) is not None for name in bins):
+            return (
+                f"model {self.model!r} has its weights only as pytorch_model.bin, a pickle that "
+                "can run code; convert it with save_pretrained (writes safetensors)"
+            )
+        return f"model {self.model!r} has neither {_SINGLE} nor {_INDEX}; give a whole checkpoint"
+
+
+def locate(
+    checkpoint: Checkpoint,
+    names: Sequence[str],
+    *,
+    prefixes: Sequence[str],
+    layouts: Sequence[Callable[[str], Source]] = (Source,),
+) -> dict[str, Source]:
+    """Find the stored tensor of each parameter, whichever way the checkpoint spells its keys.
+
+    Args:
+        checkpoint: to look in.
+        names: of the parameters.
+        prefixes: what may stand before every name.
+        layouts: ways to spell a name, tried in order under each prefix.
+
+    Raises:
+        ConfigError: under no prefix and layout all are found; names one that is missing.
+    """
+    stored = checkpoint.keys()
+    fewest: list[str] = []
+    for prefix in prefixes:
+        for layout in layouts:
+            sources = {}
+            for name in names:
+                source = layout(name)
+                sources[name] = source._replace(key=prefix + source.key)
+            missing = [source.key for source in sources.values() if source.key not in stored]
+            if not missing:
+                return sources
+            if not fewest or len(missing) < len(fewest):
+                fewest = missing
+    raise ConfigError(
+        f"model {checkpoint.model!r} lacks {len(fewest)} of {len(names)} tensors, "
+        f"first {fewest[0]!r}; give a whole checkpoint of this family"
+    )
+
+
+def fill(
+    module: nn.Module,
+    checkpoint: Checkpoint,
+    sources: Mapping[str, Source],
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+) -> None:
+    """Give a module that was built on the meta device its weights, one tensor at a time.
+
+    Each tensor is cast and moved before the next is read, so the peak is the module itself plus
+    its largest tensor.
+
+    Raises:
+        ConfigError: a stored tensor has another shape than the config says.
+    """
+    state = {}
+    for name, parameter in module.named_parameters():
+        tensor = checkpoint.read(sources[name])
+        if tensor.shape != parameter.shape:
+            raise ConfigError(
+                f"tensor {sources[name].key!r} of model {checkpoint.model!r} is "
+                f"{list(tensor.shape)}, its config.json says {list(parameter.shape)}"
+            )
+        state[name] = tensor.to(device=device, dtype=dtype)
+    module.load_state_dict(state, strict=True, assign=True)
+    module.requires_grad_(False).eval()
+
+
+def _fetch(model: str, name: str, revision: str | None) -> Path | None:
+    from huggingface_hub import errors, hf_hub_download
+
+    try:
+        return Path(hf_hub_download(model, name, revision=revision))
+    except errors.LocalEntryNotFoundError as err:
+        if revision is not None and name != "config.json":
+            return None  # offline, and not in the snapshot: all there is to this checkpoint here
+        raise ConfigError(
+            f"model {model!r} is no local directory and the hub cannot be reached; check the path, "
+            f"or download it first: hf download {model}"
+        ) from err
+    except errors.EntryNotFoundError:
+        return None
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as err:
+        raise ConfigError(
+            f"model {model!r} is neither a local directory nor, at revision {revision!r}, on the "
+            "hub; check the name, and log in if it is gated"
+        ) from err
+    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as err:
+        reason = str(err).splitlines()[0]
+        raise ConfigError(f"cannot fetch {name} of model {model!r}: {reason}") from err
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as err:
+        raise ConfigError(f"cannot read {path}: {err}") from err
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} is not a JSON object; download it again")
+    return content
