@@ -67,14 +67,20 @@ class Job:
         return layout.fingerprint([self.fingerprint, shard.url, shard.size, shard.etag])
 
 
-def resolve_job(config: JobConfig) -> Job:
+def resolve_job(config: JobConfig, *, encoder: Encoder | None = None) -> Job:
     """Build the plug-ins of a run and check that they fit together; loads no weights.
+
+    Args:
+        config: the run.
+        encoder: one made by the caller (of a class outside this package, say), which takes the
+            place of `config.encoder`; its `describe` must tell it from others.
 
     Raises:
         ConfigError: names every problem found.
     """
     problems: list[str] = []
-    encoder = _attempt(problems, lambda: _build(encoders.build, config.encoder))
+    if encoder is None:
+        encoder = _attempt(problems, lambda: _build(encoders.build, config.encoder))
     carver = _attempt(problems, lambda: _build(carvers.build, config.carver))
     codec = _attempt(problems, lambda: _build(codecs.build, config.codec))
     described = _attempt(problems, encoder.describe) if encoder else None

@@ -16,7 +16,9 @@ LAYERS = (
     {"plan", "carve_shard", "dataset", "run_report"},
     {"progress", "consumers", "evaluation", "plugin_table"},
     {"ray_runner"},
-    {"demo", "cli", "__main__"},
+    {"demo"},
+    {"cli"},
+    {"__main__"},
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 

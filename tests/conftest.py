@@ -1,0 +1,56 @@
+"""Fixtures and the silence that all tests run in."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.network import isolate
+
+ROOT = Path(__file__).parents[1]
+
+ISOLATED = isolate()
+"""True where the tests can reach nothing but loopback, by construction."""
+
+
+def _silent_environment() -> dict[str, str]:
+    """Return what keeps Ray and the model libraries from calling out; see Ray's usage stats."""
+    home = tempfile.mkdtemp(prefix="carvecache-home-")
+    # A bootstrap file of a local provider stops Ray's probe for a cloud's metadata server.
+    Path(home, "ray_bootstrap_config.yaml").write_text(
+        "cluster_name: tests\nmax_workers: 0\nprovider: {type: local}\n"
+    )
+    return {
+        "HOME": home,
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_USAGE_STATS_REPORT_URL": "http://127.0.0.1:9/",
+        "RAY_ADDRESS": "local",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+os.environ.update(_silent_environment())
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One local Ray of two CPUs for the whole session; workers find the tests' own modules."""
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        object_store_memory=100 << 20,
+        _temp_dir=tempfile.mkdtemp(prefix="ray-", dir="/tmp"),
+        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}},
+    )
+    yield
+    ray.shutdown()
