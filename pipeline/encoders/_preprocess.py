@@ -185,7 +185,10 @@ def read_preprocessor(settings: Mapping[str, Any], *, model: str) -> Preprocesso
     try:
         own = getattr(module, f"{kind}Pil")(**given)
     except (TypeError, ValueError) as err:
-        raise ConfigError(f"image processor of model {model!r}: {err}") from err
+        reason = " ".join(str(err).split())
+        raise ConfigError(
+            f"image processor of model {model!r}: {reason}; correct its settings {given}"
+        ) from err
     mean, std = _triple(own.image_mean), _triple(own.image_std)
     shortest_edge, size = _resize_target(own, model) if own.do_resize else (None, None)
     pads = bool(own.do_pad) and kind == "LlavaImageProcessor"

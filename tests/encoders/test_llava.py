@@ -5,6 +5,9 @@ import pickle
 import numpy as np
 import pytest
 import torch
+
+from pipeline import encoders
+from pipeline.errors import ConfigError, MissingSignalError, PipelineError
 from tests.encoders.tiny_models import (
     IMAGE_ID,
     photo,
@@ -13,9 +16,6 @@ from tests.encoders.tiny_models import (
     save_vit,
     upstream_pixels,
 )
-
-from pipeline import encoders
-from pipeline.errors import ConfigError, MissingSignalError, PipelineError
 
 IMAGES = [photo("coffee"), photo("chelsea"), photo("coffee")[:90, 200:500]]
 ALL_SIGNALS = frozenset(
