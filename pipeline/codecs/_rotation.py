@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 MAX_BLOCK = 1024
-"""Largest block. Wider ones gain nothing measurable, and the guaranteed error grows with them."""
+"""Largest block. Wider ones help only where a single value is hundreds of times the others, and the
+guaranteed error grows with them."""
 
 
 def block_size(width: int) -> int:

@@ -6,8 +6,8 @@ Differs: a token is rotated only where that makes its scale smaller, so no token
 larger scale than plain int8 would give it, and a constant one is stored almost exactly.
 Cost: D * (1 + log2 of the block) additions per token each way; D + 4 bytes stored.
 
-Typical relative error ||x' - x|| / ||x|| (D = 1024): 0.0074 on Gaussian features, 0.0076 with
-channels 10 times larger than the rest, where int8 without a rotation has 0.027.
+Typical relative error ||x' - x|| / ||x|| (D = 1024, synthetic, held by the tests): 0.0074 on
+Gaussian features, 0.0076 with six channels 10 times larger, where plain int8 has 0.03.
 
 Stored per token: D int8 codes q, and a float32 s. If s > 0 the token is s * signs * (H q), with
 `signs` and H of `_rotation.py`; if s < 0 it is |s| * q. H q is a sum of integers below 2^24 and
