@@ -6,8 +6,8 @@ Differs: a token is rotated only where that makes its scale smaller, so no token
 larger scale than plain int8 would give it, and a constant one is stored almost exactly.
 Cost: D * (1 + log2 of the block) additions per token each way; D + 4 bytes stored.
 
-Typical relative error ||x' - x|| / ||x|| (D = 1024, synthetic, held by the tests): 0.0074 on
-Gaussian features, 0.0076 with six channels 10 times larger, where plain int8 has 0.03.
+Typical relative error ||x' - x|| / ||x|| (D = 1024, synthetic): 0.0074 on Gaussian features,
+0.0076 with six channels 10 times larger, where plain int8 has 0.03.
 
 Stored per token: D int8 codes q, and a float32 s. If s > 0 the token is s * signs * (H q), with
 `signs` and H of `_rotation.py`; if s < 0 it is |s| * q. H q is a sum of integers below 2^24 and
@@ -51,14 +51,14 @@ class Int8(Codec):
     def max_error(self) -> float:
         """0.127, whatever the width; the root mean square over a token stays below 0.004.
 
-        Let m be the largest |value|. The scale s is at most m / 127, rotated or not, and rounding
-        moves each of the D codes by at most s / 2. A rotation keeps lengths, so the root mean
-        square error is at most s / 2 <= m / 254, and in one block of b features the error has
-        at most the length sqrt(b) * s / 2: no single value is off by more than
-        sqrt(b) / 254 * m. With b <= 1024 that is 0.126 m, reached only if all roundings of a block
-        conspire; Gaussian features stay near 0.01 m. Float32 adds less than a hundredth: ten
-        additions of relative error 2^-24 move a rotated value by at most 10 * 2^-24 * sqrt(b) m
-        = 0.005 * m / 254.
+        Let m be the largest |value|. The step t between codes, in units of the plain or rotated
+        values, is at most m / 127, and rounding moves each of the D values by at most t / 2. A
+        rotation keeps lengths, so the root mean square error is at most t / 2 <= m / 254, and in
+        one block of b features the error has at most the length sqrt(b) * t / 2: no single value
+        is off by more than sqrt(b) / 254 * m. With b <= 1024 that is 0.126 m, reached only if all
+        roundings of a block conspire; Gaussian features stay near 0.01 m. Float32 adds less than
+        a hundredth: ten additions of relative error 2^-24 move a rotated value by at most
+        10 * 2^-24 * sqrt(b) * m = 0.005 * m / 254.
         """
         return 1.01 * MAX_BLOCK**0.5 / (2 * _LEVELS)
 
