@@ -24,7 +24,7 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
 ONLY_IN = {
     "ray": ("pipeline/ray_runner.py",),
-    "fsspec": ("pipeline/storage.py",),
+    "fsspec": ("pipeline/storage/",),
     "transformers": (
         "pipeline/encoders/",
         "pipeline/consumers/",
@@ -32,7 +32,7 @@ ONLY_IN = {
         "pipeline/demo/",
     ),
     "matplotlib": ("pipeline/evaluation/plots.py",),
-    "webdataset": ("pipeline/source.py",),
+    "webdataset": ("pipeline/source",),
 }
 
 FILES = sorted(

@@ -1,0 +1,176 @@
+"""The torch dataset: every row once, in a seeded order, as packed or padded batches."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from pipeline import CarvedDataset, open_cache
+from pipeline.cache.commit import claim_identity
+from pipeline.cache.snapshot import build_snapshot
+from pipeline.carved_cache import CarvedCache
+from pipeline.storage import open_store
+from tests.cache.rows import CODEC, IDENTITY, commit_rows, features, make_row
+
+NUM_ROWS = 37
+
+
+@pytest.fixture(scope="module", params=["local", "memory"])
+def cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> CarvedCache:
+    name = tmp_path_factory.mktemp("dataset")
+    url = {"local": str(name), "memory": f"memory://{name.name}"}[request.param]
+    store = open_store(url)
+    claim_identity(store, IDENTITY)
+    rows = [
+        make_row(f"k{i:02d}", seed=i, num_tokens=10 + i, text=f"text {i}") for i in range(NUM_ROWS)
+    ]
+    commit_rows(store, "a", rows[:20], row_group_bytes=12_000, part_bytes=20_000)
+    commit_rows(store, "b", rows[20:], row_group_bytes=12_000)
+    build_snapshot(store)
+    return open_cache(url)
+
+
+def keys(dataset: CarvedDataset) -> list[str]:
+    return [row.key for row in dataset]
+
+
+def test_without_shuffle_rows_come_once_in_the_order_of_storage(cache: CarvedCache) -> None:
+    assert keys(CarvedDataset(cache)) == [f"k{i:02d}" for i in range(NUM_ROWS)]
+
+
+def test_the_shuffle_depends_on_seed_and_epoch_alone(cache: CarvedCache) -> None:
+    dataset = CarvedDataset(cache, shuffle=True, seed=1)
+    first = keys(dataset)
+    again = keys(CarvedDataset(cache, shuffle=True, seed=1))
+    dataset.set_epoch(1)
+
+    assert sorted(first) == [f"k{i:02d}" for i in range(NUM_ROWS)]
+    assert first == again
+    assert first != sorted(first)
+    assert keys(dataset) != first
+    assert keys(CarvedDataset(cache, shuffle=True, seed=2)) != first
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7, 50])
+def test_ranks_share_the_rows_and_the_order(cache: CarvedCache, world_size: int) -> None:
+    whole = keys(CarvedDataset(cache, shuffle=True, seed=3))
+
+    parts = [
+        keys(CarvedDataset(cache, shuffle=True, seed=3, rank=r, world_size=world_size))
+        for r in range(world_size)
+    ]
+
+    assert sum(parts, []) == whole
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_loader_workers_share_the_rows(tmp_path: Path, num_workers: int) -> None:
+    store = open_store(str(tmp_path))
+    claim_identity(store, IDENTITY)
+    commit_rows(store, "a", [make_row(f"k{i:02d}", seed=i) for i in range(11)])
+    dataset = CarvedDataset(open_cache(str(tmp_path)), shuffle=True)
+
+    loader = DataLoader(dataset, batch_size=2, num_workers=num_workers, collate_fn=dataset.collate)
+    found = [key for batch in loader for key in batch.keys]
+
+    assert sorted(found) == [f"k{i:02d}" for i in range(11)]
+
+
+def test_a_padded_batch_holds_every_token_at_its_place(cache: CarvedCache) -> None:
+    dataset = CarvedDataset(cache)
+    rows = [row for row in dataset if row.key in ("k03", "k20")]
+
+    batch = dataset.collate(rows)
+    padded = batch.padded()
+
+    assert batch.keys == ["k03", "k20"]
+    assert padded.features.shape == (2, 30, 64)
+    assert padded.mask.sum(dim=1).tolist() == [13, 30]
+    assert torch.equal(padded.features[0, :13], cache["k03"].features)
+    assert torch.equal(padded.positions[0, :13], cache["k03"].positions)
+    assert torch.equal(padded.sizes[1], cache["k20"].sizes)
+    assert not padded.features[0, 13:].any()
+
+
+def test_a_packed_batch_is_the_images_one_after_another(cache: CarvedCache) -> None:
+    dataset = CarvedDataset(cache)
+    batch = dataset.collate([row for row in dataset if row.key in ("k03", "k20")])
+
+    packed = batch.packed(dtype=torch.bfloat16)
+
+    assert packed.cu_seqlens.tolist() == [0, 13, 43]
+    assert packed.cu_seqlens.dtype == torch.int32
+    assert packed.features.dtype == torch.bfloat16
+    assert torch.equal(packed.features[13:], cache["k20"].features.to(torch.bfloat16))
+    assert torch.equal(packed.positions[:13], cache["k03"].positions)
+
+
+def test_tokens_come_back_within_the_codecs_error(cache: CarvedCache) -> None:
+    image = cache["k05"]
+    row = make_row("k05", seed=5, num_tokens=15)
+    by_position = np.argsort(row.positions)
+
+    expected = features(5, num_tokens=15)[torch.from_numpy(by_position)]
+
+    assert image.positions.tolist() == sorted(row.positions.tolist())
+    bound = CODEC.max_error * expected.abs().amax(dim=1, keepdim=True)
+    assert bool(((image.features - expected).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("keep", [1, 5, 16, 17, 1000])
+def test_a_prefix_is_the_best_ranked_tokens_in_position_order(
+    cache: CarvedCache, keep: int
+) -> None:
+    dataset = CarvedDataset(cache, keep_tokens=keep)
+    rows = {row.key: row for row in dataset}
+
+    (image,) = dataset.collate([rows["k30"]]).images()
+
+    whole = cache["k30"]
+    best = torch.sort(torch.argsort(whole.ranks)[:keep]).values
+    assert torch.equal(image.features, whole.features[best])
+    assert torch.equal(image.positions, whole.positions[best])
+    assert torch.equal(image.ranks, whole.ranks[best])
+
+
+def test_asked_columns_come_with_the_rows(cache: CarvedCache) -> None:
+    dataset = CarvedDataset(cache, columns=["txt"])
+
+    batch = dataset.collate(list(dataset)[:2])
+
+    assert batch.columns == {"txt": ["text 0", "text 1"]}
+
+
+def test_rows_hidden_by_an_equal_key_are_not_given(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    claim_identity(store, IDENTITY)
+    commit_rows(store, "a", [make_row("x", seed=1), make_row("y", seed=2)])
+    commit_rows(store, "b", [make_row("x", seed=3), make_row("z", seed=4)])
+
+    assert sorted(keys(CarvedDataset(open_cache(str(tmp_path))))) == ["x", "y", "z"]
+
+
+def test_an_empty_cache_gives_nothing(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    claim_identity(store, IDENTITY)
+    commit_rows(store, "a", [])
+
+    assert keys(CarvedDataset(open_cache(str(tmp_path)), shuffle=True)) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"keep_tokens": 0}, "keep_tokens=0"),
+        ({"rank": 2, "world_size": 2}, "rank=2"),
+        ({"rank": -1, "world_size": 2}, "rank=-1"),
+    ],
+)
+def test_impossible_options_are_refused(
+    cache: CarvedCache, options: dict[str, int], problem: str
+) -> None:
+    with pytest.raises(ValueError, match=problem):
+        CarvedDataset(cache, **options)
