@@ -130,6 +130,24 @@ def run_job(job: Job) -> RunReport:
 
 
 @contextmanager
+def local_cluster(*, num_cpus: int) -> Iterator[None]:
+    """Run a Ray cluster of this machine alone for the block; it reports no usage to anybody."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init(
+        address="local",
+        num_cpus=num_cpus,
+        num_gpus=0,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.WARNING,
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
 def _connected() -> Iterator[None]:
     """Connect to a cluster unless the caller is connected; leave things as they were."""
     if ray.is_initialized():

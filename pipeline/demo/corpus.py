@@ -130,6 +130,19 @@ def write_corpus(
     )
 
 
+def read_images(shards: Sequence[Path], keys: Sequence[str]) -> dict[str, bytes]:
+    """Return the encoded images of some keys."""
+    wanted = {f"{key}.{suffix}": key for key in keys for suffix in _FORMATS}
+    found = {}
+    for shard in shards:
+        with tarfile.open(shard) as tar:
+            for member in tar:
+                content = tar.extractfile(member) if member.name in wanted else None
+                if content is not None:
+                    found[wanted[member.name]] = content.read()
+    return found
+
+
 def write_if_changed(path: Path, content: bytes) -> None:
     """Write a file whole, unless it holds these very bytes; then its time stays what it was."""
     if path.is_file() and path.read_bytes() == content:

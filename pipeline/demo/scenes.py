@@ -25,7 +25,13 @@ _PAINTS: dict[str, Color] = {
 _COUNTS = ("no", "one", "two", "three", "four", "five", "six")
 _GOODS = ("bread", "milk", "apples", "rice", "tea", "honey", "paper", "candles", "soap", "cheese")
 _SUBJECTS = ("the harbour", "the library", "a small engine", "the night train", "the garden")
-_VERBS = ("opens at noon", "was painted again", "is closed on monday", "waits for rain", "runs late")
+_VERBS = (
+    "opens at noon",
+    "was painted again",
+    "is closed on monday",
+    "waits for rain",
+    "runs late",
+)
 _ENDINGS = ("so bring a coat", "and nobody minds", "as it did last year", "until the bell rings")
 _SIGNS = ("EXIT", "OPEN", "PLATFORM 4", "NO PARKING", "LIBRARY", "TICKETS", "GATE 12", "CAFE")
 
@@ -111,8 +117,7 @@ def _draw_hills(
         base = horizon + (height - horizon) * layer / 5
         points = [(0.0, float(height))]
         points += [
-            (width * step / 8, base - rng.uniform(0, height / (9 + 6 * layer)))
-            for step in range(9)
+            (width * step / 8, base - rng.uniform(0, height / (9 + 6 * layer))) for step in range(9)
         ]
         shade = 104 + 22 * layer
         draw.polygon([*points, (width, height)], fill=(shade - 40, shade + 18, shade - 58))
