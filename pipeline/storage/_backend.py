@@ -1,0 +1,121 @@
+"""One fsspec filesystem, found by URL."""
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import fsspec
+from fsspec.core import split_protocol, url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+
+from pipeline.errors import ConfigError
+
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
+_EXTRAS |= dict.fromkeys(("az", "abfs", "abfss", "adl"), "azure")
+_LOCAL = ("", "file", "local")
+_SECRET = re.compile(
+    r"://[^/@]*:[^/@]*@|[?&][^=&]*(sig|token|secret|credential|password|key)[^=&]*=", re.IGNORECASE
+)
+
+
+class Backend:
+    """A filesystem and the place in it that a URL names. Cheap; connects on first use.
+
+    Args:
+        url: as `checked_url` returns it.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self._opened: tuple[int, Any, str] | None = None
+
+    def __getstate__(self) -> str:
+        return self.url
+
+    def __setstate__(self, url: str) -> None:
+        self.__init__(url)  # type: ignore[misc]
+
+    @property
+    def fs(self) -> Any:  # noqa: ANN401  (fsspec has no types)
+        return self._open()[0]
+
+    @property
+    def path(self) -> str:
+        """The place, as the filesystem writes it, without a slash at the end."""
+        return self._open()[1]
+
+    @property
+    def is_local(self) -> bool:
+        return split_protocol(self.url)[0] is None
+
+    @property
+    def is_memory(self) -> bool:
+        return split_protocol(self.url)[0] == "memory"
+
+    @property
+    def is_s3(self) -> bool:
+        return split_protocol(self.url)[0] in ("s3", "s3a")
+
+    def url_of(self, path: str) -> str:
+        """Return the URL of a path that this filesystem listed."""
+        if self.is_local or "://" in path:
+            return path
+        return f"{split_protocol(self.url)[0]}://{path.lstrip('/')}"
+
+    def etag(self, path: str, info: Mapping[str, Any]) -> str:
+        """Return what changes when the object's content does; "" if the store gives nothing.
+
+        Raises:
+            FileNotFoundError: a local file has just gone.
+        """
+        if self.is_local:
+            stat = os.stat(path)
+            return f"{stat.st_mtime_ns:x}-{stat.st_size:x}"
+        if self.is_memory:
+            created = info["created"]
+            seconds = created if isinstance(created, float) else created.timestamp()
+            return f"{int(seconds * 1e6):x}-{info['size']:x}"
+        found = next((info[name] for name in ("ETag", "etag", "md5Hash") if info.get(name)), "")
+        return str(found).strip('"')
+
+    def _open(self) -> tuple[Any, str]:
+        # Drivers do not survive a fork; a filesystem belongs to the process that opened it.
+        if self._opened is None or self._opened[0] != os.getpid():
+            # A cached listing would hide what other processes write.
+            options = {} if self.is_local else {"use_listings_cache": False}
+            fs, path = url_to_fs(self.url, **options)
+            self._opened = (os.getpid(), fs, path.rstrip("/"))
+        return self._opened[1], self._opened[2]
+
+
+def checked_url(url: str) -> str:
+    """Return a URL in the one form used everywhere: local ones as absolute paths.
+
+    Raises:
+        ConfigError: no driver for it, it names no place, or it carries credentials.
+    """
+    if _SECRET.search(url):
+        raise ConfigError(
+            "a URL carries credentials (not shown here); give them by the environment instead"
+        )
+    protocol, place = split_protocol(url)
+    if not place.strip("/") and protocol != "memory" and not url.startswith("/"):
+        raise ConfigError(f"{url!r} names no place in a store")
+    if "::" in url:
+        raise ConfigError(f"chained URL {url!r} is not supported; name the store directly")
+    if (protocol or "") in _LOCAL:
+        return os.path.abspath(LocalFileSystem._strip_protocol(url))
+    _require_driver(protocol, url)
+    return f"{protocol}://{place.rstrip('/')}"
+
+
+def _require_driver(protocol: str, url: str) -> None:
+    try:
+        fsspec.get_filesystem_class(protocol)
+    except ImportError as err:
+        extra = _EXTRAS.get(protocol)
+        remedy = f"pip install 'carvecache[{extra}]'" if extra else str(err)
+        raise ConfigError(f"no driver for {url!r}; install it: {remedy}") from err
+    except ValueError as err:
+        raise ConfigError(f"unknown kind of store {protocol!r} in {url!r}") from err

@@ -1,0 +1,312 @@
+"""A folder on a store."""
+
+from __future__ import annotations
+
+import builtins
+import errno
+import io
+import os
+import shutil
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import BinaryIO, TypeVar
+
+from pipeline.errors import AlreadyExistsError, ConfigError, NotFoundError, StorageError
+from pipeline.storage import _local
+from pipeline.storage._backend import Backend, checked_url
+from pipeline.storage._retry import BrokenAnswerError, is_transient, store_errors, with_retries
+
+T = TypeVar("T")
+
+_BUFFER_BYTES = 256 * 1024
+_memory_lock = threading.Lock()
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One object of a listing."""
+
+    path: str  # relative to the store
+    size: int  # bytes
+    etag: str  # changes when the content does; "" where the store gives none
+
+
+def open_store(url: str) -> Store:
+    """Name a folder on a store, which need not exist yet. Opens no connection.
+
+    Args:
+        url: a local path, or for example `s3://bucket/prefix`, `gs://...`, `memory://x`.
+
+    Raises:
+        ConfigError: the driver is not installed, the kind of store is unknown, or the URL
+            carries credentials.
+    """
+    return Store(checked_url(url))
+
+
+class Store:
+    """A folder on a store; made by `open_store`. Picklable, safe to use from many threads.
+
+    Paths are relative, with `/` between their parts. All methods raise `StorageError`, after the
+    retries, when the store fails; `NotFoundError` when what is to be read does not exist.
+
+    Args:
+        url: as `checked_url` returns it.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self._backend = Backend(url)
+
+    def __repr__(self) -> str:
+        return f"Store({self.url!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Store) and other.url == self.url
+
+    def __hash__(self) -> int:
+        return hash(self.url)
+
+    def url_of(self, path: str) -> str:
+        """Return the full URL of a path."""
+        return f"{self.url.rstrip('/')}/{path}" if path else self.url
+
+    def read(self, path: str) -> bytes:
+        """Return a whole object."""
+        full = self._full(path)
+        return self._try("read", path, lambda: bytes(self._backend.fs.cat_file(full)))
+
+    def read_range(self, path: str, offset: int, length: int) -> bytes:
+        """Return exactly `length` bytes from `offset` on; fewer are an error."""
+        if offset < 0 or length < 0:
+            raise StorageError(f"cannot read {length} bytes at {offset} of {self.url_of(path)}")
+        full = self._full(path)
+
+        def read() -> bytes:
+            data = bytes(self._backend.fs.cat_file(full, start=offset, end=offset + length))
+            if len(data) != length:
+                message = f"asked for {length} bytes at {offset}, got {len(data)}"
+                if self._backend.is_local or self._backend.is_memory:
+                    raise StorageError(f"cannot read {self.url_of(path)}: {message}")
+                raise BrokenAnswerError(message)
+            return data
+
+        return self._try("read", path, read) if length else b""
+
+    def put(self, path: str, data: bytes) -> None:
+        """Create or replace an object."""
+        full = self._full(path)
+        if self._backend.is_local:
+            self._try("write", path, lambda: _local.write(full, data))
+        else:
+            self._try("write", path, lambda: self._backend.fs.pipe_file(full, data))
+
+    def put_once(self, path: str, data: bytes) -> None:
+        """Create an object if none is there, so that of all writers exactly one succeeds.
+
+        A remote store may do what was asked and lose the answer. So whatever it says, the object
+        is read back, and if it holds exactly `data` the call has succeeded. Bytes that must tell
+        writers apart therefore need something unique in them, such as an attempt id.
+
+        Raises:
+            AlreadyExistsError: there is another object.
+        """
+        full = self._full(path)
+        if self._backend.is_local:
+            self._try("create", path, lambda: _local.write_once(full, data))
+        elif self._backend.is_memory:
+            with _memory_lock:  # its own check and write are two steps
+                self._try(
+                    "create", path, lambda: self._backend.fs.pipe_file(full, data, mode="create")
+                )
+        else:
+            self._try("create", path, lambda: self._create_remote(path, data))
+
+    def upload(self, path: str, local_path: str) -> None:
+        """Create or replace an object with the content of a local file."""
+        full = self._full(path)
+        if self._backend.is_local:
+            self._try("write", path, lambda: _local.copy(local_path, full))
+            return
+
+        def upload() -> None:
+            self._backend.fs.put_file(local_path, full)
+            sent, stored = os.path.getsize(local_path), self._backend.fs.info(full)["size"]
+            if sent != stored:
+                raise BrokenAnswerError(f"sent {sent} bytes, the store has {stored}")
+
+        self._try("write", path, upload)
+
+    def list(self, prefix: str = "", *, temporary: bool = False) -> Iterator[Entry]:
+        """Give all objects below a folder, at any depth, sorted by path.
+
+        Args:
+            prefix: the folder; nothing is given if it does not exist.
+            temporary: give also what killed writers left on a local store.
+        """
+        full, root = self._full(prefix), self._backend.path
+        infos = self._try("list", prefix, lambda: self._backend.fs.find(full, detail=True))
+        for name in sorted(infos):
+            if infos[name]["type"] == "directory":
+                continue
+            if name.endswith(_local.TEMPORARY_SUFFIX) and not temporary:
+                continue
+            try:
+                etag = self._backend.etag(name, infos[name])
+            except FileNotFoundError:  # deleted since it was listed
+                continue
+            yield Entry(name[len(root) :].lstrip("/"), infos[name]["size"], etag)
+
+    def list_names(self, prefix: str = "") -> builtins.list[str]:
+        """Return the names of the objects and folders directly in a folder, sorted."""
+        full = self._full(prefix)
+        try:
+            found = self._try("list", prefix, lambda: self._backend.fs.ls(full, detail=False))
+        except NotFoundError:
+            return []
+        below = f"{full}/"
+        names = {path.rstrip("/")[len(below) :] for path in found if path.startswith(below)}
+        return sorted(name for name in names if name and not name.endswith(_local.TEMPORARY_SUFFIX))
+
+    def exists(self, path: str) -> bool:
+        """Tell whether there is an object (not a folder) of this path."""
+        try:
+            self.size(path)
+        except NotFoundError:
+            return False
+        return True
+
+    def size(self, path: str) -> int:
+        """Return an object's size in bytes."""
+        full = self._full(path)
+        info = self._try("stat", path, lambda: self._backend.fs.info(full))
+        if info["type"] == "directory":
+            raise NotFoundError(f"cannot stat {self.url_of(path)}: it is a folder")
+        return int(info["size"])
+
+    def delete(self, path: str) -> None:
+        """Delete an object, if it is there."""
+        full = self._full(path)
+        try:
+            self._try("delete", path, lambda: self._backend.fs.rm_file(full))
+        except NotFoundError:
+            return
+
+    def delete_tree(self, prefix: str) -> None:
+        """Delete all objects below a folder, if there are any."""
+        if not prefix.strip("/"):
+            raise StorageError(f"refusing to delete the whole store {self.url}")
+        full = self._full(prefix)
+        try:
+            if self._backend.is_local:
+                self._try("delete", prefix, lambda: shutil.rmtree(full))
+            else:
+                self._try("delete", prefix, lambda: self._backend.fs.rm(full, recursive=True))
+        except NotFoundError:
+            return
+
+    def open_read(self, path: str) -> BinaryIO:
+        """Open an object for reading from any place in it."""
+        full = self._full(path)
+        if self._backend.is_local:
+            return self._try("read", path, lambda: open(full, "rb"))
+        if self._backend.is_memory:  # its files are shared, position included
+            return io.BytesIO(self.read(path))
+        return io.BufferedReader(_RangeReader(self, path), _BUFFER_BYTES)
+
+    def local_path(self, path: str) -> str | None:
+        """Return the path of an object in the machine's own file system, if it lives there."""
+        return self._full(path) if self._backend.is_local else None
+
+    def check_writable(self) -> None:
+        """Prove that objects can be created here, and that only one of two writers wins.
+
+        Raises:
+            ConfigError: they cannot, or the store ignores put-if-absent.
+        """
+        probe, first, second = f".carve-probe-{uuid.uuid4().hex}", b"first", b"second"
+        try:
+            self.put_once(probe, first)
+            try:
+                self.put_once(probe, second)
+                honoured = False
+            except AlreadyExistsError:
+                honoured = self.read(probe) == first
+            self.delete(probe)
+        except StorageError as err:
+            raise ConfigError(
+                f"store {self.url} cannot be written: {err}; check that the place exists, the "
+                "permissions, and that it supports put-if-absent (hard links, on a local disk)"
+            ) from err
+        if not honoured:
+            raise ConfigError(
+                f"store {self.url} ignores put-if-absent (it let a second writer replace an "
+                "object); two jobs could overwrite each other: use a store that honours it"
+            )
+
+    def _create_remote(self, path: str, data: bytes) -> None:
+        full, fs = self._full(path), self._backend.fs
+        # Some S3 servers honour the condition for single-part uploads only.
+        options = {"chunksize": max(len(data), 1)} if self._backend.is_s3 else {}
+        try:
+            fs.pipe_file(full, data, mode="create", **options)
+        except store_errors() as err:
+            refused = isinstance(err, FileExistsError)
+            # s3fs gives EINVAL for a failed condition whose answer does not name it.
+            invalid = isinstance(err, OSError) and err.errno == errno.EINVAL
+            if not (refused or invalid or is_transient(err)):
+                raise
+            self._settle(path, data, err, refused=refused)
+
+    def _settle(self, path: str, data: bytes, err: Exception, *, refused: bool) -> None:
+        """Find out who created an object when the store's answer leaves it open."""
+        try:
+            stored = bytes(self._backend.fs.cat_file(self._full(path)))
+        except FileNotFoundError:
+            if refused:  # by a writer that has not finished, or has failed
+                raise BrokenAnswerError(f"said to exist, but is not there: {err}") from err
+            raise err from None
+        if stored != data:
+            message = f"cannot create {self.url_of(path)}: it exists already"
+            raise AlreadyExistsError(message) from err
+
+    def _full(self, path: str) -> str:
+        parts = path.split("/") if path else []
+        if any(part in ("", ".", "..") for part in parts):
+            raise StorageError(f"path {path!r} is not a plain path below {self.url}")
+        return "/".join([self._backend.path, *parts])
+
+    def _try(self, what: str, path: str, operation: Callable[[], T]) -> T:
+        return with_retries(what, self.url_of(path), operation)
+
+
+class _RangeReader(io.RawIOBase):
+    """Reads an object by ranges, so that a retry can neither skip nor repeat a byte."""
+
+    def __init__(self, store: Store, path: str) -> None:
+        self._store, self._path = store, path
+        self._size, self._position = store.size(path), 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        if base + offset < 0:
+            raise ValueError(f"cannot seek to {base + offset} in {self._store.url_of(self._path)}")
+        self._position = base + offset
+        return self._position
+
+    def readinto(self, buffer: memoryview, /) -> int:  # type: ignore[override]
+        length = max(0, min(len(buffer), self._size - self._position))
+        buffer[:length] = self._store.read_range(self._path, self._position, length)
+        self._position += length
+        return length
