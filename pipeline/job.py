@@ -2,7 +2,7 @@
 
 import importlib.metadata
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 from pipeline import carvers, codecs, encoders
@@ -98,8 +98,8 @@ def resolve_job(config: JobConfig, *, encoder: Encoder | None = None) -> Job:
     decode = DecodeOptions(max_pixels=int(config.input.max_megapixels * 1_000_000))
     settings = {
         "encoder": {"name": config.encoder.name, **described},
-        "carver": {"name": config.carver.name, "options": config.carver.options},
-        "codec": {"name": config.codec.name, "options": config.codec.options},
+        "carver": {"name": config.carver.name, "options": asdict(carver)},
+        "codec": {"name": config.codec.name, "options": asdict(codec)},
         "width": encoder.width,
         "dtype": config.runner.dtype,
         "input": {

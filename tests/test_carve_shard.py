@@ -163,7 +163,8 @@ def test_the_whole_part_of_a_truncated_shard_is_committed_if_asked(tmp_path: Pat
     assert commit.rejected == {"truncated": 1}
 
 
-def test_a_non_finite_feature_costs_that_image(tmp_path: Path) -> None:
+@pytest.mark.parametrize("carver", ["uniform_grid", "tokencarve"])
+def test_a_non_finite_feature_costs_that_image(tmp_path: Path, carver: str) -> None:
     class Spoiling(FakeEncoder):
         def encode_pixels(self, prepared):
             groups = super().encode_pixels(prepared)
@@ -171,7 +172,8 @@ def test_a_non_finite_feature_costs_that_image(tmp_path: Path) -> None:
             return groups
 
     corpus = write_corpus(tmp_path / "in", num_shards=1, num_images=8)
-    job = make_job(corpus, tmp_path / "cache", encoder=Spoiling())
+    plugin = {"name": carver, "options": {"keep_ratio": 1.0}}
+    job = make_job(corpus, tmp_path / "cache", encoder=Spoiling(), carver=plugin)
 
     (commit,) = carve_all(job)
 

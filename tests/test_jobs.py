@@ -1,0 +1,170 @@
+"""The three ways to start a run, each as a user starts it: in a process of its own."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline import open_cache
+from pipeline.cache.commit import read_commits
+from pipeline.storage import open_store
+from tests.conftest import ROOT
+from tests.encoders.tiny_models import save_llava
+from tests.fakes import write_corpus, write_tar
+
+pytestmark = pytest.mark.ray
+
+BIN = Path(sys.executable).parent
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    save_llava(path)
+    return path
+
+
+@pytest.fixture
+def config(tmp_path: Path, model: Path) -> Path:
+    write_corpus(tmp_path / "in", num_shards=3, num_images=4)
+    values = {
+        "input": {"shards": str(tmp_path / "in")},
+        "output": {"url": str(tmp_path / "cache")},
+        "encoder": {"name": "llava", "options": {"model": str(model)}},
+        "carver": {"name": "tokencarve", "options": {"keep_tokens": 6}},
+        "runner": {"num_actors": 2, "batch_size": 4, "progress_s": 0.5},
+    }
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def start(*command: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(part) for part in command],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def test_the_script_runs_a_config_and_says_when_nothing_is_left(
+    tmp_path: Path, config: Path
+) -> None:
+    first = start(sys.executable, "jobs/carve_dataset.py", "--config", config)
+    second = start(sys.executable, "jobs/carve_dataset.py", "--config", config)
+
+    assert first.returncode == 0, first.stderr
+    assert "3 shards committed, 0 failed" in first.stdout
+    assert second.returncode == 0, second.stderr
+    assert f"nothing to do: all 3 shards are in {tmp_path / 'cache'}" in second.stdout
+    image = open_cache(str(tmp_path / "cache"))["s2-i003"]
+    assert image.features.shape == (6, 32)
+
+
+def test_the_command_takes_input_output_and_settings_and_reports_failures(
+    tmp_path: Path, config: Path
+) -> None:
+    write_tar(tmp_path / "other" / "good.tar", [])
+    (tmp_path / "other" / "bad.tar").write_bytes(b"not a tar" * 200)
+
+    result = start(
+        BIN / "carve",
+        "run",
+        *("--config", config),
+        *("--input", tmp_path / "other", "--output", tmp_path / "there"),
+        *("--set", "runner.num_actors=1", "--set", "codec.name=bf16"),
+    )
+
+    assert result.returncode == 3, result.stderr
+    assert "1 shards committed, 1 failed" in result.stdout
+    assert "bad.tar" in result.stdout
+    assert open_cache(str(tmp_path / "there")).identity["settings"]["codec"]["name"] == "bf16"
+
+
+@contextlib.contextmanager
+def head_node(folder: Path) -> Iterator[tuple[str, str]]:
+    """Start a Ray head with two pretended GPUs; yield the addresses of cluster and dashboard."""
+    ports = {name: free_port() for name in ("gcs", "dashboard", "client", "agent", "metrics")}
+    low = 20000 + os.getpid() % 20000
+    command = [
+        *(BIN / "ray", "start", "--head", "--block", "--num-cpus=4", "--num-gpus=2"),
+        *("--node-ip-address=127.0.0.1", f"--port={ports['gcs']}"),
+        *("--include-dashboard=true", "--dashboard-host=127.0.0.1"),
+        *(f"--dashboard-port={ports['dashboard']}", f"--temp-dir={folder}"),
+        *(f"--ray-client-server-port={ports['client']}", "--disable-usage-stats"),
+        *(f"--dashboard-agent-listen-port={ports['agent']}",),
+        *(f"--metrics-export-port={ports['metrics']}", "--object-store-memory=150000000"),
+        *(f"--min-worker-port={low}", f"--max-worker-port={low + 200}"),
+    ]
+    with open(folder / "head.log", "w") as log:
+        head = subprocess.Popen(
+            [str(part) for part in command],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    dashboard = f"http://127.0.0.1:{ports['dashboard']}"
+    try:
+        wait_for(f"{dashboard}/api/version", head, folder / "head.log")
+        yield f"127.0.0.1:{ports['gcs']}", dashboard
+    finally:
+        head.send_signal(signal.SIGTERM)
+        try:
+            head.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            os.killpg(head.pid, signal.SIGKILL)
+            head.wait()
+
+
+def wait_for(url: str, process: subprocess.Popen, log: Path, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        assert process.poll() is None, log.read_text()
+        with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=2):
+            return
+        time.sleep(0.3)
+    raise AssertionError(f"{url} did not answer: {log.read_text()}")
+
+
+def test_a_submitted_job_gives_each_actor_its_own_gpu(tmp_path: Path, config: Path) -> None:
+    write_corpus(tmp_path / "in", num_shards=12, num_images=40)
+    environment = {
+        name: os.environ[name]
+        for name in ("HOME", "HF_HUB_OFFLINE", "RAY_USAGE_STATS_ENABLED", "RAY_AUTH_MODE")
+    }
+
+    with head_node(Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))) as (_, dashboard):
+        result = start(
+            *(BIN / "ray", "job", "submit", "--address", dashboard, "--working-dir", "."),
+            *("--runtime-env-json", json.dumps({"env_vars": environment})),
+            *("--", sys.executable, "jobs/carve_dataset.py", "--config", config),
+            RAY_ADDRESS="",
+        )
+
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "12 shards committed, 0 failed" in result.stdout
+    commits = list(read_commits(open_store(str(tmp_path / "cache"))))
+    gpus_by_process = {(c.details["pid"], c.details["cuda_visible_devices"]) for c in commits}
+    assert {gpu for _, gpu in gpus_by_process} == {"0", "1"}
+    assert len(gpus_by_process) == 2
