@@ -139,7 +139,7 @@ def local_cluster(*, num_cpus: int) -> Iterator[None]:
         num_gpus=0,
         include_dashboard=False,
         log_to_driver=False,
-        logging_level=logging.WARNING,
+        logging_level=logging.ERROR,
     )
     try:
         yield

@@ -7,7 +7,8 @@ tokens it keeps follows the contrast in an image, and what it says about one mea
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.utils import logging
 
 from pipeline.consumers.hf import prepare
 
@@ -54,7 +56,8 @@ def save_model(folder: Path, *, captions: Iterable[str], seed: int = 0) -> None:
     model.generation_config = GenerationConfig(
         bos_token_id=_BOS, eos_token_id=_EOS, pad_token_id=_PAD, do_sample=False
     )
-    model.save_pretrained(folder)
+    with _no_progress_bars():
+        model.save_pretrained(folder)
     edges = {"height": IMAGE_EDGE, "width": IMAGE_EDGE}
     LlavaProcessor(
         image_processor=CLIPImageProcessorPil(size={"shortest_edge": IMAGE_EDGE}, crop_size=edges),
@@ -83,7 +86,8 @@ def answer_both_ways(
     Returns:
         For each image the answer from all tokens and the one from the carved tokens.
     """
-    model: Any = LlavaForConditionalGeneration.from_pretrained(folder).eval()
+    with _no_progress_bars():
+        model: Any = LlavaForConditionalGeneration.from_pretrained(folder).eval()
     processor: Any = AutoProcessor.from_pretrained(folder)
     prompts = [PROMPT] * len(images)
     from_pixels = processor(images=list(images), text=prompts, return_tensors="pt")
@@ -97,6 +101,18 @@ def _generate(model: Any, processor: Any, inputs: Any, num_words: int) -> list[s
         output = model.generate(**inputs, min_new_tokens=num_words, max_new_tokens=num_words)
     answers = output[:, inputs["input_ids"].shape[1] :]
     return [str(t) for t in processor.batch_decode(answers, skip_special_tokens=True)]
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Keep transformers' bars off the terminal: this model is read in no time."""
+    were_on = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if were_on:
+            logging.enable_progress_bar()
 
 
 def _config(vocab_size: int) -> LlavaConfig:
@@ -151,12 +167,13 @@ def _build_tokenizer(captions: Iterable[str]) -> PreTrainedTokenizerFast:
 
 
 def _draw_weights(model: torch.nn.Module, seed: int) -> None:
-    """Fill all matrices with noise that keeps the variance of what goes through them."""
+    """Give every weight its value: noise that keeps the variance of what goes through it."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if weight.ndim < 2:
-                continue  # scales of norms are 1 and biases are 0 as built
+            if weight.ndim == 1 and "class_embedding" not in name:
+                weight.fill_(0.0 if name.endswith("bias") else 1.0)  # biases, scales of norms
+                continue
             fan_in = 1 if "embed_tokens" in name else math.prod(weight.shape[1:])
             gain = _QUERY_KEY_GAIN if "q_proj" in name or "k_proj" in name else 1.0
             weight.copy_(torch.randn(weight.shape, generator=generator) * gain / fan_in**0.5)
