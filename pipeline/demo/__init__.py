@@ -21,6 +21,7 @@ from pipeline.storage import open_store
 
 NUM_ACTORS = 2
 
+_FORMAT_NAMES = {"jpeg": "JPEG", "png": "PNG", "webp": "WebP"}
 _MARKER = "carve-demo.json"
 
 
@@ -90,7 +91,7 @@ def _carve(job: Job) -> RunReport:
 
 
 def _corpus_line(corpus: Corpus, output: Path) -> str:
-    formats = ", ".join(f"{n} {name.upper()}" for name, n in sorted(corpus.formats.items()))
+    formats = ", ".join(f"{n} {_FORMAT_NAMES[name]}" for name, n in sorted(corpus.formats.items()))
     return (
         f"corpus: {corpus.num_images} images ({formats}, {sum(corpus.broken.values())} broken on "
         f"purpose) in {len(corpus.shards)} shards, {output / 'corpus'}"

@@ -54,7 +54,11 @@ def save_model(folder: Path, *, captions: Iterable[str], seed: int = 0) -> None:
         model = LlavaForConditionalGeneration(_config(len(tokenizer)))
     _draw_weights(model, seed)
     model.generation_config = GenerationConfig(
-        bos_token_id=_BOS, eos_token_id=_EOS, pad_token_id=_PAD, do_sample=False
+        bos_token_id=_BOS,
+        eos_token_id=_EOS,
+        pad_token_id=_PAD,
+        suppress_tokens=[_PAD, _BOS, _UNK, _IMAGE],  # what no trained model would say
+        do_sample=False,
     )
     with _no_progress_bars():
         model.save_pretrained(folder)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageEnhance, ImageFont
 
-_CELL = 20  # pixels of a token's square
+_CELL = 24  # pixels of a token's square
 _FRAMES = ((255, 196, 0), (255, 120, 0), (255, 40, 70))  # two tokens in one, three, four or more
 
 
@@ -25,7 +25,7 @@ def draw_kept_tokens(
         sizes: source tokens that each stands for; above 1, the number is written into the frame.
 
     Returns:
-        RGB, 20 pixels a token.
+        RGB, 24 pixels a token.
     """
     rows, columns = grid
     bright = image.resize((columns * _CELL, rows * _CELL), Image.Resampling.BICUBIC)
@@ -60,7 +60,7 @@ def _draw_frame(draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], size:
     left, top, right, bottom = box
     color = _FRAMES[min(size, len(_FRAMES) + 1) - 2]
     draw.rectangle((left, top, right - 1, bottom - 1), outline=color, width=2)
-    font = ImageFont.load_default(size=11)
+    font = ImageFont.load_default(size=14)
     middle = ((left + right) / 2, (top + bottom) / 2)
     draw.text(
         middle, str(size), font=font, fill=color, anchor="mm", stroke_width=2, stroke_fill="black"

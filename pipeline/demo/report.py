@@ -11,7 +11,7 @@ from pipeline.demo.overlay import data_uri, draw_kept_tokens
 from pipeline.types import RejectedSample
 
 FULL_BYTES = 2  # of a number of a full token: 16 bits, as a model would keep it
-_EDGE = 280  # pixels of a picture on the page
+_EDGE = 336  # pixels of a picture on the page
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,9 +129,9 @@ def _pictures(report: DemoReport) -> str:
     figures = "".join(_figure(picture, report.width) for picture in report.pictures)
     return (
         "<section><h2>Kept tokens</h2>\n<p>Left, the image as the encoder saw it. Right, the "
-        "tokens that stayed; the dark ones were dropped. A framed token stands for as many source "
-        "tokens as its number says: the others were merged into it. Below, what the untrained "
-        "model writes about the image, from all tokens and from the carved ones.</p>\n"
+        "tokens that stayed; the dark ones were dropped or merged. A framed token stands for as "
+        "many source tokens as its number says: the others were merged into it. Below, what the "
+        "untrained model writes about the image, from all tokens and from the carved ones.</p>\n"
         f'<div class="gallery">{figures}</div></section>'
     )
 
@@ -236,7 +236,7 @@ thead th { color: var(--soft); font-size: .8125rem; }
 .bar { width: 40%; padding-left: .75rem; vertical-align: middle; }
 .bar span { display: block; height: .7rem; border-radius: 3px; background: var(--accent); }
 code { font: .875em ui-monospace, SFMono-Regular, Menlo, "DejaVu Sans Mono", monospace; }
-.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(20rem, 1fr));
+.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(28rem, 100%), 1fr));
   gap: 1.25rem; }
 figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 10px;
   overflow: hidden; }
