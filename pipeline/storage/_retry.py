@@ -96,7 +96,8 @@ def as_storage_error(what: str, url: str, err: BaseException, *, attempts: int =
     tried = f" ({attempts} attempts)" if attempts > 1 else ""
     reason = " ".join(str(err).split()) or type(err).__name__
     if isinstance(err, FileNotFoundError):
-        return NotFoundError(f"cannot {what} {url}: it does not exist")
+        missing = "its bucket or folder" if what in ("create", "write") else "it"
+        return NotFoundError(f"cannot {what} {url}: {missing} does not exist")
     if isinstance(err, FileExistsError):
         return AlreadyExistsError(f"cannot {what} {url}: it exists already")
     if isinstance(err, PermissionError):
