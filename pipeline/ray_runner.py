@@ -175,14 +175,14 @@ class _Driver:
         self.stopping = threading.Event()
         gpus, cpus, count = _actor_shape(self.runner, len(todo))
         self.num_actors = count
-        self.actor_class = ray.remote(CarveActor).options(
+        self.actor_class = ray.remote(
             num_gpus=gpus,
             num_cpus=cpus,
             max_restarts=0,
             max_task_retries=0,
             concurrency_groups={"carve": _SHARDS_IN_FLIGHT, "control": 1},
             scheduling_strategy="SPREAD",
-        )
+        )(CarveActor)
         # One copy of the job in the object store, not one per actor.
         self.job_ref = ray.put(job)
         self.actors: list[_Actor] = []
