@@ -23,6 +23,8 @@ __all__ = [
     "open_cache",
 ]
 
+__version__ = "0.1.0"
+
 _HOME = {
     "CachedImage": "pipeline.carved_cache",
     "CarvedCache": "pipeline.carved_cache",

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
-from pipeline import carvers, codecs, encoders
+from pipeline import __version__, carvers, codecs, encoders
 from pipeline.cache import layout
 from pipeline.carvers import Carver
 from pipeline.codecs import Codec
@@ -18,7 +18,7 @@ from pipeline.types import ShardRef
 
 T = TypeVar("T")
 
-_VERSIONED = ("carvecache", "torch", "transformers", "pyarrow", "pillow", "ray")
+_VERSIONED = ("torch", "transformers", "pyarrow", "pillow", "ray")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,10 @@ class Job:
         return {
             **self.metadata,
             "config": self.config.model_dump(mode="json"),
-            "versions": {name: importlib.metadata.version(name) for name in _VERSIONED},
+            "versions": {
+                "carvecache": __version__,
+                **{name: importlib.metadata.version(name) for name in _VERSIONED},
+            },
         }
 
     def work_fingerprint(self, shard: ShardRef) -> str:
