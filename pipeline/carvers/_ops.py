@@ -34,7 +34,9 @@ def require_finite(values_BNX: Tensor, name: str) -> None:
     Raises:
         NonFiniteError: naming the images of the batch that hold such a value.
     """
-    finite_B = values_BNX.isfinite().flatten(1).all(dim=1)
+    # The extremes are NaN where a value is; `isfinite` on every value takes many times as long.
+    flat_BX = values_BNX.flatten(1)
+    finite_B = flat_BX.amax(dim=1).isfinite() & flat_BX.amin(dim=1).isfinite()
     if not bool(finite_B.all()):
         images = (~finite_B).nonzero().flatten().tolist()
         raise NonFiniteError(f"{name} of image {images} of the batch holds NaN or infinity")

@@ -194,6 +194,23 @@ def test_a_constant_image_keeps_the_lowest_positions():
     assert_close(result.features, features[0, :4])
 
 
+def test_zero_tokens_are_similar_to_nothing():
+    features = torch.eye(8)[None, :, :6]
+    features[0, 4:] = 0.0
+    features[0, 4] = features[0, 0] / 2
+    tokens = VisualTokens(
+        features=features,
+        grid=(2, 4),
+        signals={"cls_attention": torch.arange(8.0, 0.0, -1.0)[None]},
+    )
+
+    # 0, 1, 2 are targets; of 3, 4, 5 only 4 resembles one; then 3 and the zero token 5 tie at 0.
+    result = carve(tokens, attention_weight=1.0, keep_tokens=4)[0]
+
+    assert result.positions.tolist() == [0, 1, 2, 5]
+    assert result.sizes.tolist() == [3.0, 1.0, 1.0, 1.0]
+
+
 @pytest.mark.parametrize("keep_tokens", range(1, 21))
 def test_the_budget_is_met_exactly_and_pruned_tokens_are_not_counted(keep_tokens):
     tokens = make_tokens(["attention_output", "cls_attention"], grid=(4, 5))
