@@ -15,7 +15,7 @@ from pipeline.encoders._base import Encoder, Pixels
 from pipeline.encoders._preprocess import Preprocessor, read_preprocessor
 from pipeline.encoders._tower import TowerPlan
 from pipeline.encoders._weights import Checkpoint
-from pipeline.errors import ConfigError, MissingSignalError, PipelineError
+from pipeline.errors import ConfigError, EncodeError, MissingSignalError, PipelineError
 from pipeline.types import VisualTokens
 
 
@@ -127,6 +127,7 @@ class ImageEncoder(Encoder):
                 f"gives {', '.join(sorted(self.yields)) or 'none'}"
             )
         self._check_model()
+        self._loaded = None  # an earlier load must not cost memory beside this one
         self._device, self._dtype = torch.device(device), dtype
         self._loaded = self._load_model(device=self._device, dtype=dtype, signals=signals)
 
@@ -134,9 +135,17 @@ class ImageEncoder(Encoder):
         """Resize and crop one image; see `Encoder`.
 
         Raises:
-            EncodeError: the image is too elongated.
+            EncodeError: the image is too elongated, or smaller than a patch and not enlarged.
         """
-        return self._preprocessor.prepare(image)
+        prepared = self._preprocessor.prepare(image)
+        if 0 in self._plan.grid(*prepared.shape[:2]):
+            raise EncodeError(
+                f"image of {prepared.shape[0]} x {prepared.shape[1]} pixels is smaller than one "
+                f"patch of {self._plan.patch_size}",
+                key="",
+                reason="too_small",
+            )
+        return prepared
 
     def encode_pixels(self, prepared: Sequence[Pixels]) -> list[VisualTokens]:
         """Encode preprocessed images; see `Encoder`.

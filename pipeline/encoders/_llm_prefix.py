@@ -53,7 +53,13 @@ def tokenize_prompt(checkpoint: Checkpoint, prompt: str, image_id: int) -> tuple
             f"model {checkpoint.model!r} has no tokenizer.json; llm signals need it: save the "
             "processor beside the model"
         )
-    tokenizer = transformers.AutoTokenizer.from_pretrained(str(paths[0].parent))
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            str(paths[0].parent), trust_remote_code=False
+        )
+    except (OSError, ValueError) as err:
+        reason = " ".join(str(err).split())
+        raise ConfigError(f"tokenizer of model {checkpoint.model!r}: {reason}") from err
     ids = [int(token) for token in tokenizer(prompt)["input_ids"]]
     if ids.count(image_id) != 1 or ids[-1] == image_id:
         raise ConfigError(

@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from pipeline import encoders
-from pipeline.errors import ConfigError, MissingSignalError
+from pipeline.errors import ConfigError, EncodeError, MissingSignalError
 from tests.encoders.tiny_models import (
     DINO_PROCESSOR,
     VISION,
@@ -115,6 +115,15 @@ def test_images_of_several_shapes_come_back_by_grid(tmp_path):
     with torch.inference_mode():
         expected = model(upstream_pixels(tmp_path, [wide])).last_hidden_state[:, 1:]
     torch.testing.assert_close(first.features[:1], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_an_image_smaller_than_a_patch_is_refused_as_a_sample(tmp_path):
+    save_vit(tmp_path, "dinov2")
+    save_processor(tmp_path, {**DINO_PROCESSOR, "do_resize": False, "do_center_crop": False})
+    encoder = encoders.build("vit", {"model": str(tmp_path)})
+
+    with pytest.raises(EncodeError, match="6 x 90 pixels is smaller than one patch of 7"):
+        encoder.preprocess(photo()[:6, :90])
 
 
 def test_no_images_give_no_tokens(tmp_path):
