@@ -151,7 +151,8 @@ def _config(vocab_size: int) -> LlavaConfig:
 
 def _build_tokenizer(captions: Iterable[str]) -> PreTrainedTokenizerFast:
     """Return a tokenizer of whole words in lower case: those of the captions and the prompt."""
-    words = sorted({w for text in (*captions, PROMPT) for w in _WORD.findall(text.lower())})
+    texts = (*captions, PROMPT.replace(_SPECIAL[_IMAGE], ""))
+    words = sorted({word for text in texts for word in _WORD.findall(text.lower())})
     vocabulary = {word: number for number, word in enumerate([*_SPECIAL, *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=_SPECIAL[_UNK]))
     tokenizer.normalizer = normalizers.Lowercase()

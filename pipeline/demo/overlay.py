@@ -63,5 +63,5 @@ def _draw_frame(draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], size:
     font = ImageFont.load_default(size=14)
     middle = ((left + right) / 2, (top + bottom) / 2)
     draw.text(
-        middle, str(size), font=font, fill=color, anchor="mm", stroke_width=2, stroke_fill="black"
+        middle, str(size), font=font, fill="white", anchor="mm", stroke_width=2, stroke_fill="black"
     )
