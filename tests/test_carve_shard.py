@@ -139,7 +139,7 @@ def test_an_empty_shard_commits_and_is_not_done_again(tmp_path: Path) -> None:
 def test_a_truncated_shard_leaves_nothing_behind(tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "in", num_shards=1, num_images=20)
     shard = corpus / "shard-00000.tar"
-    shard.write_bytes(shard.read_bytes()[:-9000])
+    shard.write_bytes(shard.read_bytes()[:-20000])
     job = make_job(corpus, tmp_path / "cache")
 
     with pytest.raises(ShardError, match=r"shard-00000\.tar"):
@@ -153,7 +153,7 @@ def test_a_truncated_shard_leaves_nothing_behind(tmp_path: Path) -> None:
 def test_the_whole_part_of_a_truncated_shard_is_committed_if_asked(tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "in", num_shards=1, num_images=20)
     shard = corpus / "shard-00000.tar"
-    shard.write_bytes(shard.read_bytes()[:-13000])
+    shard.write_bytes(shard.read_bytes()[:-20000])
     source = {"shards": str(corpus), "on_truncated": "commit_partial"}
     job = make_job(corpus, tmp_path / "cache", input=source)
 
