@@ -1,7 +1,6 @@
 """Show how a run goes: a bar on a terminal, one log line every few seconds elsewhere."""
 
 import logging
-import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -20,12 +19,12 @@ class RunProgress:
 
     Args:
         interval_s: seconds between lines.
-        bar: True for a rich bar; the default is one where standard error is a terminal.
+        console: where a bar is drawn, if it is a terminal.
     """
 
     interval_s: float
-    bar: bool = field(default_factory=lambda: sys.stderr.isatty())
-    _shown_at: float = field(default_factory=time.monotonic, init=False)
+    console: Console = field(default_factory=lambda: Console(stderr=True))
+    _shown_at: float = field(default_factory=lambda: time.monotonic(), init=False)
     _window: list[tuple[float, int]] = field(default_factory=list, init=False)
     _rich: Progress | None = field(default=None, init=False)
 
@@ -38,16 +37,16 @@ class RunProgress:
             actors: how many actors are at work, in words.
         """
         now = time.monotonic()
-        if now - self._shown_at < (0.2 if self.bar else self.interval_s):
+        if now - self._shown_at < (0.2 if self.console.is_terminal else self.interval_s):
             return
         self._shown_at = now
         line = self._line(report, images_in_flight, actors, now)
-        if not self.bar:
+        if not self.console.is_terminal:
             logger.info("%s", line)
             return
         if self._rich is None:
             columns = (BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-            self._rich = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._rich = Progress(*columns, console=self.console, transient=True)
             self._rich.add_task("", total=report.num_shards)
             self._rich.start()
         done = report.num_done_before + report.num_committed + len(report.failed)
@@ -62,15 +61,14 @@ class RunProgress:
         images = report.num_images + in_flight
         self._window = [*self._window[-30:], (now, images)]
         then, before = self._window[0]
-        elapsed = now - then
-        rate = (images - before) / elapsed if elapsed else 0.0
+        rate = (images - before) / (now - then) if now > then else 0.0
+        total = _expected_images(report)
         done = report.num_done_before + report.num_committed
-        left = report.num_shards - done - len(report.failed)
         parts = [
             f"shards {done}/{report.num_shards}",
-            f"images {images}",
+            f"images {images}/{'?' if total is None else f'~{max(total, images)}'}",
             f"{rate:.1f} img/s",
-            f"ETA {_duration(self._eta_s(report, left))}",
+            f"ETA {_duration(None if total is None or not rate else (total - images) / rate)}",
             actors,
         ]
         if report.failed:
@@ -79,11 +77,13 @@ class RunProgress:
             parts.append("rejected " + _counts(report.num_rejected))
         return ", ".join(parts)
 
-    @staticmethod
-    def _eta_s(report: RunReport, shards_left: int) -> float | None:
-        if not report.num_committed:
-            return None
-        return report.seconds / report.num_committed * shards_left
+
+def _expected_images(report: RunReport) -> int | None:
+    """Return how many images this run will write, if its other shards are like the first."""
+    if not report.num_committed:
+        return None
+    to_commit = report.num_shards - report.num_done_before - len(report.failed)
+    return round(report.num_images / report.num_committed * to_commit)
 
 
 def _counts(counter: Counter[str]) -> str:
@@ -93,6 +93,6 @@ def _counts(counter: Counter[str]) -> str:
 def _duration(seconds: float | None) -> str:
     if seconds is None:
         return "unknown"
-    minutes, rest = divmod(int(seconds), 60)
+    minutes, rest = divmod(max(0, int(seconds)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -142,9 +142,12 @@ class ShardPipeline:
         try:
             image = decode_image(sample.image, key=sample.key, options=self.job.decode)
             columns = {name: _text(sample, name) for name in self.job.columns}
+            pixels = self.job.encoder.preprocess(image)
         except SampleError as err:
-            return _reject(err)
-        pixels = self.job.encoder.preprocess(image)
+            # A preprocessor does not know the key of what it is given.
+            return RejectedSample(
+                key=sample.key, stage=err.stage, reason=err.reason, message=str(err)
+            )
         self.stations.prepared_bytes = pixels.nbytes
         return _Prepared(
             key=sample.key,
@@ -291,10 +294,6 @@ def _to_host(batch: list[CarvedTokens]) -> list[CarvedTokens]:
 
 def _num_bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
-
-
-def _reject(err: SampleError) -> RejectedSample:
-    return RejectedSample(key=err.key, stage=err.stage, reason=err.reason, message=str(err))
 
 
 def _text(sample: Sample, name: str) -> str | None:

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -12,7 +13,7 @@ from pipeline import open_cache
 from pipeline.cache.commit import claim_identity, list_committed, read_commits
 from pipeline.carve_shard import ShardCarver
 from pipeline.encoders import Pixels
-from pipeline.errors import ShardError, StorageError
+from pipeline.errors import EncodeError, ShardError, StorageError
 from pipeline.job import Job, resolve_job
 from pipeline.plan import make_plan
 from pipeline.storage import open_store
@@ -111,6 +112,25 @@ def test_one_bad_image_costs_only_itself(tmp_path: Path) -> None:
         "not_an_image": 1,
     }
     assert list(open_cache(str(tmp_path / "cache")).keys()) == ["a", "f", "h"]
+
+
+def test_an_image_the_encoder_refuses_costs_only_itself_and_keeps_its_key(tmp_path: Path) -> None:
+    class Picky(FakeEncoder):
+        def preprocess(self, image: Pixels) -> Pixels:
+            if image.shape[0] == 33:
+                raise EncodeError("too flat", key="", reason="too_elongated")
+            return super().preprocess(image)
+
+    members = [("a.jpg", encoded_image(1)), ("flat.jpg", encoded_image(2, size=(40, 33)))]
+    write_tar(tmp_path / "in" / "s.tar", members)
+
+    (commit,) = carve_all(make_job(tmp_path / "in", tmp_path / "cache", encoder=Picky()))
+
+    assert (commit.num_written, commit.rejected) == (1, {"too_elongated": 1})
+    (errors,) = (tmp_path / "cache" / "data").rglob("errors.parquet")
+    assert pq.read_table(errors).to_pylist() == [
+        {"key": "flat", "stage": "encode", "reason": "too_elongated", "message": "too flat"}
+    ]
 
 
 def test_a_shard_that_is_mostly_bad_is_not_committed(tmp_path: Path) -> None:

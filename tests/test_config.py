@@ -91,9 +91,7 @@ def test_input_and_output_must_be_given_somewhere(tmp_path: Path) -> None:
     ("content", "problem"),
     [(b"a: [", "not YAML"), (b"- 1", "must hold a mapping"), (b"\xff\xfe\xfa", "not YAML")],
 )
-def test_a_file_that_is_no_config_is_refused(
-    tmp_path: Path, content: bytes, problem: str
-) -> None:
+def test_a_file_that_is_no_config_is_refused(tmp_path: Path, content: bytes, problem: str) -> None:
     path = tmp_path / "run.yaml"
     path.write_bytes(content)
 

@@ -25,7 +25,9 @@ def test_listing_names_imports_no_plugin() -> None:
 
 
 def test_an_unknown_name_gets_the_nearest_known_one() -> None:
-    with pytest.raises(ConfigError, match="no carver named 'tokencrave'; did you mean 'tokencarve'"):
+    with pytest.raises(
+        ConfigError, match="no carver named 'tokencrave'; did you mean 'tokencarve'"
+    ):
         carvers.build("tokencrave")
 
 

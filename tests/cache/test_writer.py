@@ -96,10 +96,14 @@ def test_duckdb_polars_and_hf_datasets_open_a_part(tmp_path: Path) -> None:
 def test_an_error_removes_the_attempt(store: Store) -> None:
     writer = make_writer(store, "shard", row_group_bytes=1, part_bytes=4000)
 
-    with pytest.raises(RuntimeError, match="stop"), writer:
-        for row in rows(5):
-            writer.write(row)
-        raise RuntimeError("stop")
+    def write_and_stop() -> None:
+        with writer:
+            for row in rows(5):
+                writer.write(row)
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        write_and_stop()
 
     assert list(store.list("data")) == []
 
