@@ -1,0 +1,178 @@
+"""The work of this pipeline done the usual way with Ray Data: rows through the object store.
+
+    read_webdataset -> map: decode, preprocess -> map_batches on an actor pool -> write_parquet
+
+Decoder, preprocessing, encoder, carver, codec, checksums and stored columns are the pipeline's own,
+so only the way the data travels differs.
+"""
+
+import hashlib
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import ray.data
+import torch
+from numpy.typing import NDArray
+
+from pipeline.cache import row
+from pipeline.decode import decode_image
+from pipeline.job import Job
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What a user would tune.
+
+    Attributes:
+        actors: size of the actor pool.
+        actor_cpus: CPUs that Ray counts for an actor; its torch has one thread in any case.
+        task_cpus: CPUs that Ray counts for a task that reads, decodes and preprocesses.
+        batch_size: images per encoder call.
+        actor_gpus: GPUs of an actor.
+    """
+
+    actors: int
+    actor_cpus: float
+    task_cpus: float
+    batch_size: int
+    actor_gpus: float = 0.0
+
+    def __str__(self) -> str:
+        """Return the setting in words."""
+        return (
+            f"{self.actors} actor(s) of {self.actor_cpus:g} CPU, tasks of {self.task_cpus:g} CPU, "
+            f"batches of {self.batch_size}"
+        )
+
+
+class _Preprocess:
+    """A row of the shard -> a row with pixels ready for the encoder."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+
+    def __call__(self, sample: Mapping[str, Any]) -> dict[str, Any]:
+        encoded = sample["jpg"]
+        image = decode_image(encoded, key=sample["__key__"], options=self.job.decode)
+        return {
+            "key": sample["__key__"],
+            "content_hash": hashlib.sha256(encoded).digest()[:16],
+            "width": image.shape[1],
+            "height": image.shape[0],
+            "txt": sample["txt"].decode("utf-8"),
+            "pixels": self.job.encoder.preprocess(image),
+            "prepared_at": time.time(),
+        }
+
+
+class _Carve:
+    """A batch of pixels -> a table of stored tokens; holds the encoder, one per actor."""
+
+    def __init__(self, job: Job, device: str) -> None:
+        torch.set_num_threads(1)
+        self.job = job
+        dtype = getattr(torch, job.config.runner.dtype)
+        job.encoder.load(device=device, dtype=dtype, signals=job.carver.needs)
+
+    def __call__(self, batch: Mapping[str, Any]) -> pa.Table:
+        (group,) = self.job.encoder.encode_pixels(list(batch["pixels"]))
+        rows = [self._pack(carved, group.grid) for carved in self.job.carver.carve(group)]
+        columns: dict[str, Any] = {
+            name: pa.array(list(batch[name]))
+            for name in ("key", "content_hash", "txt", "prepared_at")
+        }
+        columns |= {name: pa.array(batch[name], pa.int32()) for name in ("width", "height")}
+        columns |= {name: pa.array([r[name] for r in rows]) for name in rows[0]}
+        columns["carved_at"] = pa.array([time.time()] * len(rows))
+        return pa.table(columns)
+
+    def _pack(self, carved: Any, grid: tuple[int, int]) -> dict[str, Any]:  # noqa: ANN401
+        order = np.argsort(carved.ranks.cpu().numpy(), kind="stable")
+        by_rank = torch.from_numpy(order).to(carved.features.device)
+        packed = self.job.codec.pack(carved.features[by_rank])
+        aux = row.pack_aux(
+            packed.tokens,
+            packed.aux,
+            positions=carved.positions.cpu().numpy()[order].astype(np.uint32),
+            sizes=carved.sizes.cpu().numpy()[order].astype(np.float32),
+        )
+        return {
+            "num_tokens": packed.num_tokens,
+            "grid_h": grid[0],
+            "grid_w": grid[1],
+            "tokens": packed.tokens,
+            "aux": aux,
+            "crc32c": row.row_checksum(packed.tokens, aux),
+        }
+
+
+def run(job: Job, shards: Sequence[Path], output: Path, setting: Setting) -> None:
+    """Carve the shards into Parquet files in `output`, which is emptied first.
+
+    Runs in the Ray session of the caller.
+    """
+    shutil.rmtree(output, ignore_errors=True)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    dataset = ray.data.read_webdataset(
+        [str(path) for path in shards], decoder=None, num_cpus=setting.task_cpus
+    )
+    dataset = dataset.map(_Preprocess(job), num_cpus=setting.task_cpus)
+    dataset = dataset.map_batches(
+        _Carve,
+        fn_constructor_args=(job, "cuda" if setting.actor_gpus else "cpu"),
+        batch_size=setting.batch_size,
+        batch_format="numpy",
+        compute=ray.data.ActorPoolStrategy(size=setting.actors),
+        num_cpus=setting.actor_cpus,
+        num_gpus=setting.actor_gpus or None,
+    )
+    # As the cache's parts: tokens neither compressed nor in a dictionary.
+    dataset.write_parquet(str(output), compression="none", use_dictionary=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """When each image of a run had come how far: sorted Unix times, one per image."""
+
+    prepared: NDArray[np.float64]
+    carved: NDArray[np.float64]
+    written: NDArray[np.float64]
+
+    def work_done(self, moment: float, shares: tuple[float, float, float]) -> float:
+        """Return the work done until a moment, in images.
+
+        Args:
+            moment: Unix time.
+            shares: of the work of an image, up to each of the three times.
+        """
+        times = (self.prepared, self.carved, self.written)
+        counts = [np.searchsorted(t, moment, side="right") for t in times]
+        return float(np.dot(counts, shares))
+
+
+def progress(folder: Path) -> Progress:
+    """Return the progress of the run that wrote a folder."""
+    prepared, carved, written = [], [], []
+    for path in folder.glob("*.parquet"):
+        table = pq.read_table(path, columns=["prepared_at", "carved_at"])
+        prepared.append(table["prepared_at"].to_numpy())
+        carved.append(table["carved_at"].to_numpy())
+        written.append(np.full(len(table), path.stat().st_mtime_ns / 1e9))
+    parts = (np.sort(np.concatenate(times)) for times in (prepared, carved, written))
+    return Progress(**dict(zip(("prepared", "carved", "written"), parts, strict=True)))
+
+
+def read_tokens(folder: Path) -> dict[str, tuple[bytes, bytes]]:
+    """Return the tokens and aux bytes of every image, by key."""
+    table = pq.read_table(folder, columns=["key", "tokens", "aux"])
+    columns = [table.column(name).to_pylist() for name in table.column_names]
+    return {key: (tokens, aux) for key, tokens, aux in zip(*columns, strict=True)}

@@ -1,0 +1,260 @@
+"""The page that `throughput.py` writes: every figure on it comes from the results of one run."""
+
+import importlib.metadata
+import os
+import platform
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_PACKAGES = ("torch", "transformers", "ray", "pyarrow", "pillow", "numpy")
+_TARGETS = {"bound": 0.9, "ray_data": 1.3, "ray_data_no_op": 2.0, "bare": 0.9, "growth": 0.05}
+_STAGES_WHAT = {
+    "read": "shard to samples, with all checks of the archive",
+    "hash": "SHA-256 of the image file",
+    "decode": "JPEG to RGB",
+    "preprocess": "resize and crop, in uint8",
+    "tower": "normalise, tower, signals",
+    "carve": "the carver",
+    "pack": "order by rank, int8",
+    "write": "checksums, Parquet, index, digest, commit",
+}
+
+
+def machine(device: str) -> dict[str, str]:
+    """Return what this runs on."""
+    info = {
+        "CPU": f"{_processor()}, {os.cpu_count()} logical cores",
+        "memory": f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.0f} GiB",
+        "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
+        "packages": ", ".join(f"{n} {importlib.metadata.version(n)}" for n in _PACKAGES),
+    }
+    if device == "cuda":
+        count = torch.cuda.device_count()
+        info["GPU"] = f"{count} x {torch.cuda.get_device_name(0)}, CUDA {torch.version.cuda}"
+    return info
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def round_line(measured: Mapping[str, Any]) -> str:
+    """Return one round in a line."""
+    bare = f"bare tower {measured['bare_tower']:.1f}, " if "bare_tower" in measured else ""
+    return (
+        f"{bare}bound {measured['bound_alone']:.1f} alone and {measured['bound_together']:.1f} "
+        f"together, pipeline {measured['pipeline']['steady']:.1f}, "
+        f"Ray Data {measured['ray_data']['steady']:.1f} images/s"
+    )
+
+
+def render(results: Mapping[str, Any]) -> str:
+    """Return the page as Markdown."""
+    parts = [
+        "# Throughput: the pipeline, Ray Data, the bare tower, and the bound",
+        _intro(results),
+        "## Targets",
+        _targets(results),
+        "## With the tower",
+        _rates(results["tower"]),
+        _stages(results["tower"]),
+        "## Without the tower: the ceiling of the pipeline itself",
+        "The encoder returns the same tokens for every image; the carver is `uniform_grid`.",
+        _rates(results["no_op"]),
+        _stages(results["no_op"]),
+        "## Memory of an actor",
+        _memory(results["memory"]),
+        "## Ray Data's settings",
+        _tuning(results),
+        "## How it is measured",
+        _METHOD,
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _intro(results: Mapping[str, Any]) -> str:
+    options, where = results["options"], results["machine"]
+    images = options["num_shards"] * options["images_per_shard"]
+    flags = " ".join(
+        f"--{name.replace('_', '-')} {options[name]}"
+        for name in (
+            *("encoder", "device", "cores", "num_shards", "images_per_shard"),
+            *("repeats", "batch_size"),
+        )
+    )
+    lines = [
+        "Written by this command, nothing on it by hand:",
+        f"\n    python benchmarks/throughput.py --work-dir DIR --write-page {flags}\n",
+        *[f"- {name}: {value}" for name, value in where.items()],
+        f"- {options['num_shards']} shards of {options['images_per_shard']} JPEG photographs, "
+        f"640 x 480 at quality 90, {results['shard_bytes'] / images / 1000:.0f} kB each, on a "
+        "local disk",
+        f"- {results['date']}, {results['minutes']:.1f} minutes; load average "
+        f"{results['load_at_start']:.1f} at the start, {results['load_at_end']:.1f} at the end",
+    ]
+    return "\n".join(lines)
+
+
+def _ratios(rounds: Sequence[Mapping[str, Any]], other: str) -> list[float]:
+    def value(r: Mapping[str, Any]) -> float:
+        return float(r[other]["steady"] if other == "ray_data" else r[other])
+
+    return [r["pipeline"]["steady"] / value(r) for r in rounds]
+
+
+def _targets(results: Mapping[str, Any]) -> str:
+    tower, no_op = results["tower"]["rounds"], results["no_op"]["rounds"]
+    rows = [
+        _target("pipeline / bound", _ratios(tower, "bound_alone"), _TARGETS["bound"]),
+        _target(
+            "pipeline / bound, stages measured on all cores at once",
+            _ratios(tower, "bound_together"),
+            None,
+        ),
+        _target("pipeline / Ray Data", _ratios(tower, "ray_data"), _TARGETS["ray_data"]),
+        _target(
+            "pipeline / Ray Data, no tower", _ratios(no_op, "ray_data"), _TARGETS["ray_data_no_op"]
+        ),
+        _target("pipeline / bound, no tower", _ratios(no_op, "bound_alone"), None),
+        _target(
+            "pipeline / bare tower",
+            _ratios(tower, "bare_tower"),
+            _TARGETS["bare"] if results["options"]["device"] == "cuda" else None,
+        ),
+    ]
+    memory = results["memory"]
+    if memory is not None:
+        growth, limit = memory["growth"]["peak_bytes"], _TARGETS["growth"]
+        verdict = "met" if growth <= limit else "**missed**"
+        rows.append(f"| growth of an actor's peak memory | {growth:.1%} | | <= 5 % | {verdict} |")
+    head = "| | median | rounds | target | |\n|---|--:|---|--:|---|\n"
+    return head + "\n".join(rows)
+
+
+def _target(name: str, ratios: Sequence[float], target: float | None) -> str:
+    middle = statistics.median(ratios)
+    each = ", ".join(f"{r:.2f}" for r in ratios)
+    if target is None:
+        return f"| {name} | {middle:.2f} | {each} | | |"
+    verdict = "met" if middle >= target else "**missed**"
+    return f"| {name} | {middle:.2f} | {each} | >= {target} | {verdict} |"
+
+
+def _rates(part: Mapping[str, Any]) -> str:
+    rounds = part["rounds"]
+    table = [
+        "| images/s | median | rounds | core-ms per image | whole run, with start-up |",
+        "|---|--:|---|--:|--:|",
+    ]
+    yardsticks = {
+        "bare_tower": "bare tower, tensors ready",
+        "bound_alone": "bound, stages alone",
+        "bound_together": "bound, stages on all cores at once",
+    }
+    for name, label in yardsticks.items():
+        if name in rounds[0]:
+            table.append(f"| {label} | {_spread([r[name] for r in rounds])} | | |")
+    labels = {"pipeline": "this pipeline", "ray_data": f"Ray Data, {part['setting']}"}
+    for name, label in labels.items():
+        values = {k: [r[name][k] for r in rounds] for k in ("steady", "cpu_seconds", "whole")}
+        table.append(
+            f"| {label} | {_spread(values['steady'])} | "
+            f"{1000 * statistics.median(values['cpu_seconds']):.1f} | "
+            f"{statistics.median(values['whole']):.1f} |"
+        )
+    return "\n".join(table)
+
+
+def _spread(values: Sequence[float]) -> str:
+    each = ", ".join(f"{v:.1f}" for v in values)
+    return f"{statistics.median(values):.1f} | {each}"
+
+
+def _stages(part: Mapping[str, Any]) -> str:
+    rounds = part["rounds"]
+    alone, together = (
+        {s: statistics.median(r[f"stages_{how}"][s] for r in rounds) for s in _STAGES_WHAT}
+        for how in ("alone", "together")
+    )
+    total = sum(alone.values())
+    table = [
+        "| stage | core-ms per image, alone | share | on all cores at once | what it is |",
+        "|---|--:|--:|--:|---|",
+    ]
+    for stage, what in _STAGES_WHAT.items():
+        table.append(
+            f"| {stage} | {1000 * alone[stage]:.2f} | {alone[stage] / total:.0%} | "
+            f"{1000 * together[stage]:.2f} | {what} |"
+        )
+    table.append(f"| sum | {1000 * total:.2f} | | {1000 * sum(together.values()):.2f} | |")
+    first = max(alone, key=lambda stage: alone[stage])
+    return "\n".join(table) + (
+        f"\n\nThe limit is `{first}`: {alone[first] / total:.0%} of the work of an image. Cores "
+        f"that work at once need {sum(together.values()) / total:.2f} times what one alone does."
+    )
+
+
+def _memory(memory: Mapping[str, Any] | None) -> str:
+    if memory is None:
+        return "Not measured in this run."
+    table = ["| commits | peak MB | resident MB |", "|--:|--:|--:|"]
+    table += [
+        f"| {r['commits']} | {r['peak_bytes'] / 1e6:.0f} | {r['resident_bytes'] / 1e6:.0f} |"
+        for r in memory["readings"]
+    ]
+    return "\n".join(table) + (
+        f"\n\nOne actor alone over all shards: {memory['growth']['peak_bytes']:+.1%} of its peak "
+        "between the two readings."
+    )
+
+
+def _tuning(results: Mapping[str, Any]) -> str:
+    table = ["| encoder | setting | images/s |", "|---|---|--:|"]
+    for name in ("tower", "no_op"):
+        table += [
+            f"| {name} | {t['setting']} | {t['images_per_second']:.1f} |"
+            for t in results[name]["tried"]
+        ]
+    agreement = results["tower"]["agreement"]
+    return (
+        "Tried before the rounds on the first shards; the fastest of each encoder was used.\n\n"
+        + "\n".join(table)
+        + f"\n\nOf the tokens kept per image, {agreement:.2%} are the same in both outputs: their "
+        "batches differ, and with them the last bits."
+    )
+
+
+_METHOD = """\
+- **Same work.** Decoder, preprocessing, encoder, `tokencarve` to 64 tokens (`cls_attention`,
+  `attention_output`), int8, checksums and stored columns are the same code in both. The pipeline
+  also writes an index and a commit per shard; Ray Data has neither. All processes run torch with
+  one thread.
+- **Ray Data** as its users write it (`ray_data_baseline.py`): `read_webdataset` -> `map` (decode,
+  preprocess) -> `map_batches` on an actor pool that holds the encoder -> `write_parquet`, in the
+  same Ray session with the same CPUs.
+- **Steady state.** Pipeline: from the moment when every actor has made two commits to the moment
+  when the first has two left to make, so that as many shards are under way at both; a shard in
+  progress counts by its share of time. Ray Data: from the first sixth of the images packed to the
+  last shard; since it prepares images far ahead and writes late, an image counts in each stage
+  (prepared, packed, written) by that stage's share of the work. *Whole run* includes the start of
+  the actors.
+- **Core-ms per image** is the CPU time of all processes of the run in that window, Ray's own and
+  the driver among them. What it has above the sum of the stages is the price of joining them.
+- **Turns.** Each round runs bare tower, stages, pipeline, Ray Data, one after the other; ratios are
+  taken within a round, and the table gives their median.
+- **Bound.** The CPU time of every stage measured alone in one thread on the same images, added up,
+  over the number of cores; on a GPU, the slower of the device's stages and the cores' stages. It
+  leaves out whatever it costs to join the stages. *Alone* leaves the other cores idle; *at once*
+  has every core measure, so it includes what they lose to each other in caches, memory and clock,
+  which no schedule can win back.
+- **Noise.** A shared machine moves all rates by 10 % and more within minutes; look at the spread of
+  the rounds before believing a second digit.
+- **Memory.** `VmHWM` (peak) and `VmRSS` of the actor's process, read when the number of commits
+  reaches 2 and 20."""
