@@ -9,14 +9,12 @@ import logging
 import math
 import os
 import resource
-import signal
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any
 
 import ray
@@ -28,6 +26,7 @@ from pipeline.cache.snapshot import build_snapshot
 from pipeline.carve_shard import ShardCarver
 from pipeline.config import RunnerConfig
 from pipeline.errors import ConfigError, ShardError, StorageError
+from pipeline.heap import keep_freed_memory
 from pipeline.job import Job
 from pipeline.plan import make_plan
 from pipeline.progress import RunProgress
@@ -46,6 +45,7 @@ class CarveActor:
 
     def __init__(self, job: Job) -> None:
         logging.basicConfig(level=logging.WARNING)
+        keep_freed_memory()
         torch.set_num_threads(max(1, job.config.runner.cpus_per_actor))
         device = "cuda" if ray.get_gpu_ids() and torch.cuda.is_available() else "cpu"
         self._num_images = 0
@@ -190,7 +190,7 @@ class _Driver:
 
     def run(self) -> None:
         """Work until all shards are settled, a signal comes, or the first shards all fail."""
-        with _stop_on_signals(self.stopping):
+        with stop_on_signals(self.stopping):
             try:
                 while (self.todo or self._in_flight()) and not self.stopping.is_set():
                     self._replace_actors()
@@ -369,29 +369,6 @@ def _actor_shape(runner: RunnerConfig, num_shards: int) -> tuple[float, float, i
         else:
             count = math.floor(cluster.get("CPU", 1) / max(1, runner.cpus_per_actor))
     return gpus, runner.cpus_per_actor, max(1, min(count, num_shards))
-
-
-@contextmanager
-def _stop_on_signals(stopping: threading.Event) -> Iterator[None]:
-    """Set the event on SIGTERM or SIGINT; a second signal acts as it did before."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def stop(number: int, _: FrameType | None) -> None:
-        logger.warning("%s: stopping; the same command resumes", signal.Signals(number).name)
-        stopping.set()
-        for known, handler in before.items():
-            signal.signal(known, handler)
-
-    for number in before:
-        signal.signal(number, stop)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _line(err: BaseException) -> str:

@@ -10,7 +10,7 @@ PACKAGE = ROOT / "pipeline"
 
 LAYERS = (
     {"types", "errors"},
-    {"registry", "config", "storage", "byte_queue"},
+    {"registry", "config", "storage", "byte_queue", "heap", "stop_signal"},
     {"source", "decode", "encoders", "carvers", "codecs", "cache"},
     {"job", "carved_cache"},
     {"plan", "shard_pipeline", "dataset", "run_report"},
