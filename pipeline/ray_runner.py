@@ -31,6 +31,7 @@ from pipeline.job import Job
 from pipeline.plan import make_plan
 from pipeline.progress import RunProgress
 from pipeline.run_report import FailedShard, RunReport
+from pipeline.stop_signal import stop_on_signals
 from pipeline.storage import open_store
 from pipeline.types import ShardRef
 
@@ -156,7 +157,7 @@ def _connected() -> Iterator[None]:
     ray.init(
         log_to_driver=False,
         include_dashboard=False if not os.environ.get("RAY_ADDRESS") else None,
-        logging_level=logging.WARNING,
+        logging_level=logging.ERROR,
     )
     try:
         yield

@@ -12,7 +12,7 @@ torch.set_num_threads(1)
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
 for _ in range(3):
-    torch.zeros(48 << 20, dtype=torch.uint8)
+    torch.ones(48 << 20, dtype=torch.uint8)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(20):
     torch.ones(48 << 20, dtype=torch.uint8)
