@@ -49,15 +49,19 @@ def _memory_of(pid: int) -> dict[str, int]:
 
 @dataclass(kw_only=True)
 class CpuTime:
-    """CPU seconds that this process and all below it have used, at several moments."""
+    """CPU seconds used since some start, at several moments."""
 
     moments: list[float] = field(default_factory=list)  # Unix time
-    totals: list[float] = field(default_factory=list)
+    own: list[float] = field(default_factory=list)  # by this process and all below it
+    machine: list[float] = field(default_factory=list)  # by all processes, or stolen by the host
 
-    def between(self, since: float, until: float) -> float:
-        """Return the CPU seconds used between two moments."""
-        at_end, at_start = np.interp([until, since], self.moments, self.totals)
-        return float(at_end - at_start)
+    def between(self, since: float, until: float) -> tuple[float, float]:
+        """Return the CPU seconds that were used between two moments: by us, and by others."""
+        own, machine = (
+            float(np.diff(np.interp([since, until], self.moments, totals))[0])
+            for totals in (self.own, self.machine)
+        )
+        return own, max(0.0, machine - own)
 
 
 @contextmanager
@@ -75,7 +79,9 @@ def watch_cpu() -> Iterator[CpuTime]:
             except psutil.NoSuchProcess:
                 continue
         found.moments.append(time.time())
-        found.totals.append(sum(used.values()))
+        found.own.append(sum(used.values()))
+        now = psutil.cpu_times()
+        found.machine.append(now.user + now.nice + now.system + now.irq + now.softirq + now.steal)
 
     look()
     with _repeating(look, _CPU_POLL_S):

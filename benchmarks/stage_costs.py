@@ -10,7 +10,7 @@ import statistics
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -76,6 +76,26 @@ def measure_tower(
     """
     work = partial(_tower, model, batch_size, num_batches, device, dtype)
     return sum(_in_processes(processes, work))
+
+
+def work_shares(costs: Mapping[str, float]) -> tuple[float, float, float]:
+    """Return the shares of the work of an image up to its pixels, its packed tokens, its file."""
+    packed = costs["tower"] + costs["carve"] + costs["pack"]
+    total = sum(costs.values())
+    return (total - packed - costs["write"]) / total, packed / total, costs["write"] / total
+
+
+def bound(costs: Mapping[str, float], *, cores: int, gpus: int) -> float:
+    """Return the images per second that no schedule of these stages can exceed.
+
+    Args:
+        costs: seconds per image by stage.
+        cores: that share the stages of the CPU.
+        gpus: that share the stages of the device; 0 where the cores do those as well.
+    """
+    on_device = sum(costs[stage] for stage in DEVICE_STAGES)
+    on_cores = sum(costs.values()) - (on_device if gpus else 0.0)
+    return min(cores / on_cores, gpus / on_device) if gpus else cores / on_cores
 
 
 def _in_processes(count: int, work: Callable[[Barrier], Any]) -> list[Any]:

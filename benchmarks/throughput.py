@@ -17,7 +17,7 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -25,6 +25,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: one thread per process everywhere
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_worker_niceness", "0")  # as the yardsticks: others may compete
 os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # it warns of actor arguments
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
@@ -35,7 +36,7 @@ import throughput_page as page
 import torch
 from process_watch import CpuTime, watch_commits, watch_cpu
 from ray_data_baseline import Setting
-from stage_costs import DEVICE_STAGES, measure_stages, measure_tower
+from stage_costs import bound, measure_stages, measure_tower, work_shares
 from throughput_inputs import TOWERS, NoOpEncoder, write_checkpoint, write_shards
 
 from pipeline import open_cache
@@ -58,13 +59,22 @@ class Run:
 
     steady: float
     whole: float  # with the start of the actors
-    cpu_seconds: float  # of all processes per image, in the steady state
+    cpu_seconds: float  # of all its processes per image, in the steady state
+    cores: float  # that they used of the machine
+    cores_of_others: float  # that other processes took meanwhile
 
     @classmethod
     def of(cls, done: float, since: float, until: float, cpu: CpuTime, *, whole: float) -> "Run":
         """Return a run that did the work of so many images between two moments."""
-        used = cpu.between(since, until)
-        return cls(steady=done / (until - since), whole=whole, cpu_seconds=used / done)
+        own, others = cpu.between(since, until)
+        seconds = until - since
+        return cls(
+            steady=done / seconds,
+            whole=whole,
+            cpu_seconds=own / done,
+            cores=own / seconds,
+            cores_of_others=others / seconds,
+        )
 
 
 @dataclass(kw_only=True)
@@ -259,26 +269,6 @@ def measure_costs(bench: Bench, job: Job, *, processes: int) -> dict[str, float]
     )
 
 
-def work_shares(costs: Mapping[str, float]) -> tuple[float, float, float]:
-    """Return the shares of the work of an image up to its pixels, its packed tokens, its file."""
-    packed = costs["tower"] + costs["carve"] + costs["pack"]
-    total = sum(costs.values())
-    return (total - packed - costs["write"]) / total, packed / total, costs["write"] / total
-
-
-def bound(costs: Mapping[str, float], *, cores: int, gpus: int) -> float:
-    """Return the images per second that no schedule of these stages can exceed.
-
-    Args:
-        costs: seconds per image by stage.
-        cores: that share the stages of the CPU.
-        gpus: that share the stages of the device; 0 where the cores do those as well.
-    """
-    on_device = sum(costs[stage] for stage in DEVICE_STAGES)
-    on_cores = sum(costs.values()) - (on_device if gpus else 0.0)
-    return min(cores / on_cores, gpus / on_device) if gpus else cores / on_cores
-
-
 def stage_seconds(commits: Sequence[Commit]) -> dict[str, float]:
     """Return the wall seconds per image that the pipeline's own stages report."""
     images = sum(commit.num_written for commit in commits)
@@ -287,11 +277,7 @@ def stage_seconds(commits: Sequence[Commit]) -> dict[str, float]:
 
 
 def check_same_work(job: Job, output: Path) -> float:
-    """Return the share of stored positions that both agree on.
-
-    Both call the encoder with other batch-mates, which changes the last bits of its results, and
-    with them an order where two tokens are all but equal; that is rare.
-    """
+    """Return the share of kept positions that both agree on; other batches, other last bits."""
     theirs = baseline.read_tokens(output)
     cache = open_cache(job.config.output.url)
     if sorted(theirs) != list(cache.keys()):

@@ -109,6 +109,10 @@ def _ratios(rounds: Sequence[Mapping[str, Any]], other: str) -> list[float]:
     return [r["pipeline"]["steady"] / value(r) for r in rounds]
 
 
+def _efficiency(rounds: Sequence[Mapping[str, Any]]) -> list[float]:
+    return [sum(r["stages_alone"].values()) / r["pipeline"]["cpu_seconds"] for r in rounds]
+
+
 def _targets(results: Mapping[str, Any]) -> str:
     tower, no_op = results["tower"]["rounds"], results["no_op"]["rounds"]
     rows = [
@@ -123,6 +127,10 @@ def _targets(results: Mapping[str, Any]) -> str:
             "pipeline / Ray Data, no tower", _ratios(no_op, "ray_data"), _TARGETS["ray_data_no_op"]
         ),
         _target("pipeline / bound, no tower", _ratios(no_op, "bound_alone"), None),
+        _target(
+            "cost of the stages / cost of the pipeline, in core time", _efficiency(tower), None
+        ),
+        _target("the same, no tower", _efficiency(no_op), None),
         _target(
             "pipeline / bare tower",
             _ratios(tower, "bare_tower"),
@@ -150,8 +158,8 @@ def _target(name: str, ratios: Sequence[float], target: float | None) -> str:
 def _rates(part: Mapping[str, Any]) -> str:
     rounds = part["rounds"]
     table = [
-        "| images/s | median | rounds | core-ms per image | whole run, with start-up |",
-        "|---|--:|---|--:|--:|",
+        "| images/s | median | rounds | core-ms per image | cores used | by others | whole run |",
+        "|---|--:|---|--:|--:|--:|--:|",
     ]
     yardsticks = {
         "bare_tower": "bare tower, tensors ready",
@@ -160,14 +168,14 @@ def _rates(part: Mapping[str, Any]) -> str:
     }
     for name, label in yardsticks.items():
         if name in rounds[0]:
-            table.append(f"| {label} | {_spread([r[name] for r in rounds])} | | |")
+            table.append(f"| {label} | {_spread([r[name] for r in rounds])} | | | | |")
     labels = {"pipeline": "this pipeline", "ray_data": f"Ray Data, {part['setting']}"}
     for name, label in labels.items():
-        values = {k: [r[name][k] for r in rounds] for k in ("steady", "cpu_seconds", "whole")}
+        middle = {key: statistics.median(r[name][key] for r in rounds) for key in rounds[0][name]}
         table.append(
-            f"| {label} | {_spread(values['steady'])} | "
-            f"{1000 * statistics.median(values['cpu_seconds']):.1f} | "
-            f"{statistics.median(values['whole']):.1f} |"
+            f"| {label} | {_spread([r[name]['steady'] for r in rounds])} | "
+            f"{1000 * middle['cpu_seconds']:.1f} | {middle['cores']:.2f} | "
+            f"{middle['cores_of_others']:.2f} | {middle['whole']:.1f} |"
         )
     return "\n".join(table)
 
@@ -246,7 +254,9 @@ _METHOD = """\
   (prepared, packed, written) by that stage's share of the work. *Whole run* includes the start of
   the actors.
 - **Core-ms per image** is the CPU time of all processes of the run in that window, Ray's own and
-  the driver among them. What it has above the sum of the stages is the price of joining them.
+  the driver among them. What it has above the sum of the stages is the price of joining them; the
+  share is also what *pipeline / bound* would be with all cores busy. *Cores used* and *by others*
+  say how busy they were, and who else was at work; a run beside others cannot reach the bound.
 - **Turns.** Each round runs bare tower, stages, pipeline, Ray Data, one after the other; ratios are
   taken within a round, and the table gives their median.
 - **Bound.** The CPU time of every stage measured alone in one thread on the same images, added up,
