@@ -26,6 +26,7 @@ from pipeline.cache.commit import Commit, try_commit
 from pipeline.cache.writer import RowToWrite, ShardWriter
 from pipeline.decode import decode_image
 from pipeline.encoders import Pixels
+from pipeline.heap import keep_freed_memory
 from pipeline.job import Job
 from pipeline.source import expand_shards, read_shard, shard_id
 from pipeline.storage import open_store
@@ -108,6 +109,7 @@ def _in_processes(count: int, work: Callable[[Barrier], Any]) -> list[Any]:
 
 
 def _stages(job: Job, num_images: int, device: str, barrier: Barrier) -> dict[str, float]:
+    keep_freed_memory()  # as the pipeline's actors
     torch.set_num_threads(1)
     dtype = getattr(torch, job.config.runner.dtype)
     job.encoder.load(device=device, dtype=dtype, signals=job.carver.needs)
@@ -218,6 +220,7 @@ def _commit(
 def _tower(
     model: str, batch_size: int, num_batches: int, device: str, dtype: str, barrier: Barrier
 ) -> float:
+    keep_freed_memory()  # as the pipeline's actors
     torch.set_num_threads(1)
     config = transformers.LlavaConfig.from_pretrained(model)
     vision = config.vision_config

@@ -331,7 +331,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--cores", type=int, default=os.cpu_count(), help="default: all")
     parser.add_argument("--num-shards", type=int, default=24)
-    parser.add_argument("--images-per-shard", type=int, default=64)
+    parser.add_argument("--images-per-shard", type=int, default=48)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=8, help="images per encoder call")
     parser.add_argument("--bare-images", type=int, default=96, help="through the bare tower")

@@ -243,7 +243,8 @@ _METHOD = """\
 - **Same work.** Decoder, preprocessing, encoder, `tokencarve` to 64 tokens (`cls_attention`,
   `attention_output`), int8, checksums and stored columns are the same code in both. The pipeline
   also writes an index and a commit per shard; Ray Data has neither. All processes run torch with
-  one thread.
+  one thread. The pipeline's actors and the yardsticks keep freed memory (`pipeline/heap.py`); Ray
+  Data's workers run as Ray starts them.
 - **Ray Data** as its users write it (`ray_data_baseline.py`): `read_webdataset` -> `map` (decode,
   preprocess) -> `map_batches` on an actor pool that holds the encoder -> `write_parquet`, in the
   same Ray session with the same CPUs.
