@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 _SHARDS_IN_FLIGHT = 2  # per actor: one has the device, one reads ahead
 _POLL_S = 0.5
+_STATUS_S = 1.0  # between two questions to an actor; without a pause they would keep a core busy
 
 
 class CarveActor:
@@ -85,6 +86,7 @@ class _Actor:
     loading: Any  # reference to the call of `load`; None once it has answered
     calls: dict[Any, _Work] = field(default_factory=dict)  # reference -> shard in flight
     status: Any = None  # reference to the call of `status` under way
+    asked_at: float = 0.0
     num_images: int = 0
     images_committed: int = 0
     moved_at: float = field(default_factory=time.monotonic)
@@ -295,8 +297,8 @@ class _Driver:
             self.num_lost_loading += 1
             if self.num_lost_loading >= self.runner.max_attempts * self.num_actors:
                 raise ConfigError(
-                    f"{self.num_lost_loading} actors died while loading the encoder, last: "
-                    f"{_line(cause)}: give each more memory (runner.cpus_per_actor spreads them)"
+                    f"{self.num_lost_loading} actors died before they could work, the last of: "
+                    f"{_line(cause)}"
                 ) from cause
         for work in actor.calls.values():
             self._retry(work, reason, cause)
@@ -334,7 +336,9 @@ class _Driver:
         """Ask the actors how they are, show it, and kill those that do not move."""
         now = time.monotonic()
         for actor in list(self.actors):
-            if actor.status is None and actor.loading is None:
+            idle = actor.status is None and now - actor.asked_at >= _STATUS_S
+            if idle and actor.loading is None:
+                actor.asked_at = now
                 status = actor.handle.status.options(concurrency_group="control")
                 actor.status = status.remote()
             if actor.calls and now - actor.moved_at > self.runner.heartbeat_s:
