@@ -18,7 +18,7 @@ import torch
 
 from pipeline.cache.commit import Commit, try_commit
 from pipeline.cache.writer import ShardWriter
-from pipeline.errors import ShardError
+from pipeline.errors import ConfigError, ShardError
 from pipeline.job import Job
 from pipeline.shard_pipeline import ShardPipeline, Stations, Tally
 from pipeline.source import shard_id
@@ -49,21 +49,36 @@ class ShardCarver:
         self.store: Store = open_store(job.config.output.url)
         runner = job.config.runner
         threads = runner.decode_threads
-        num_threads = max(2, runner.cpus_per_actor) if threads == "auto" else threads
+        # Beside a tower on the same cores more threads only take turns, and cost memory.
+        least = 1 if device == "cpu" else 2
+        num_threads = max(least, runner.cpus_per_actor) if threads == "auto" else threads
         self._stations = Stations(
             job=job,
             decoders=ThreadPoolExecutor(num_threads, thread_name_prefix="decode"),
+            packers=ThreadPoolExecutor(num_threads, thread_name_prefix="pack"),
             on_progress=on_progress,
         )
 
     def load(self) -> None:
-        """Load the weights that the job's stage and carver need."""
+        """Load the weights that the job's stage and carver need.
+
+        Raises:
+            ConfigError: they cannot be loaded, or are not those the job was planned with.
+        """
+        described = dict(self.job.encoder.describe(self.job.carver.needs))
+        planned = {k: v for k, v in self.job.settings["encoder"].items() if k != "name"}
+        if described != planned:
+            raise ConfigError(
+                f"the model on host {platform.node()} is not the one this run was planned with "
+                f"({described} here, {planned} there): give all nodes the same files"
+            )
         dtype = getattr(torch, self.job.config.runner.dtype)
         self.job.encoder.load(device=self.device, dtype=dtype, signals=self.job.carver.needs)
 
     def close(self) -> None:
-        """End the decode threads."""
+        """End the threads."""
         self._stations.decoders.shutdown(wait=False, cancel_futures=True)
+        self._stations.packers.shutdown(wait=False, cancel_futures=True)
 
     def carve(self, shard: ShardRef, *, batch_size: int | None = None) -> Commit:
         """Carve one shard and commit it.

@@ -152,6 +152,10 @@ def summary_lines(report: RunReport, url: str) -> Iterator[str]:
         yield f"{sum(report.num_rejected.values())} samples rejected: {reasons}"
     for failure in report.failed:
         yield f"failed: {failure.shard} ({failure.reason}): {failure.message}"
+    if report.num_not_started:
+        yield f"{report.num_not_started} shards were not started"
+    if report.snapshot_error:
+        yield f"no snapshot was made: {report.snapshot_error}"
     if report.num_duplicates:
         yield f"{report.num_duplicates} rows are hidden by an equal key of an earlier shard"
     if report.interrupted:

@@ -59,17 +59,19 @@ class RunnerConfig(_Strict):
     dtype: Dtype = "float32"
     batch_size: Annotated[int, Field(ge=1)] = 32
     decode_threads: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    """auto: `cpus_per_actor`, at least 2."""
+    """auto: `cpus_per_actor`, at least 1, and with a GPU at least 2."""
     queue_mib: Annotated[int, Field(ge=1)] = 256
     """Bound of the images waiting between reading and encoding, per shard in flight."""
     max_attempts: Annotated[int, Field(ge=1)] = 3
-    """Per shard; only lost actors and unreachable stores are tried again."""
+    """Per shard; a damaged shard is not tried again, and a smaller batch is not an attempt."""
     max_bad_ratio: Annotated[float, Field(ge=0, le=1)] = 0.5
     """A shard with a larger share of rejected samples fails instead of being committed."""
     heartbeat_s: Annotated[float, Field(gt=0)] = 600.0
     """An actor that makes no progress for this long is killed and its shard retried."""
+    actor_start_s: Annotated[float, Field(gt=0)] = 900.0
+    """An actor that has not started and loaded its weights by then is not waited for."""
     fail_fast_after: Annotated[int, Field(ge=1)] = 8
-    """The run stops when this many shards have failed and none has succeeded."""
+    """The run stops when this many shards have failed and none is committed, now or before."""
     progress_s: Annotated[float, Field(gt=0)] = 5.0
 
 

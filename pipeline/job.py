@@ -14,6 +14,7 @@ from pipeline.decode import DecodeOptions
 from pipeline.encoders import Encoder
 from pipeline.errors import ConfigError, MissingSignalError
 from pipeline.source import SourceOptions
+from pipeline.storage import open_store
 from pipeline.types import ShardRef
 
 T = TypeVar("T")
@@ -90,8 +91,14 @@ def resolve_job(config: JobConfig, *, encoder: Encoder | None = None) -> Job:
     if encoder and carver and described is not None:
         _attempt(problems, lambda: _check_signals(config, encoder, carver))
     columns = _attempt(problems, lambda: _check_columns(config))
-    if problems or not (encoder and carver and codec) or described is None or columns is None:
+    store = _attempt(problems, lambda: open_store(config.output.url))
+    if problems or not (encoder and carver and codec and store):
         raise ConfigError("; ".join(problems))
+    if described is None or columns is None:
+        raise AssertionError("each of them is there unless it is a problem")
+    # An actor may have another working directory: from here on the URL is absolute.
+    output = config.output.model_copy(update={"url": store.url})
+    config = config.model_copy(update={"output": output})
     source = SourceOptions(
         image_suffixes=tuple(config.input.image_suffixes),
         column_suffixes=columns,

@@ -43,6 +43,7 @@ class RunReport:
     num_shards: int = 0
     num_done_before: int = 0
     num_committed: int = 0
+    committed: set[tuple[str, str]] = field(default_factory=set)  # (shard id, work fingerprint)
     failed: list[FailedShard] = field(default_factory=list)
     retries: Counter[str] = field(default_factory=Counter)  # by reason
     num_images: int = 0  # committed
@@ -53,6 +54,8 @@ class RunReport:
     bytes_tokens: int = 0
     stage_seconds: dict[str, float] = field(default_factory=dict)
     num_duplicates: int = 0
+    num_not_started: int = 0  # shards left when the run gave up
+    snapshot_error: str | None = None
     interrupted: bool = False
     peak_rss_bytes: int = 0  # of the largest actor
     snapshot: int | None = None
@@ -67,6 +70,7 @@ class RunReport:
     def add(self, commit: Commit) -> None:
         """Count a committed shard."""
         self.num_committed += 1
+        self.committed.add((commit.shard_id, commit.work_fingerprint))
         self.num_images += commit.num_written
         self.num_rejected.update(commit.rejected)
         self.bytes_in += commit.bytes_in
@@ -88,7 +92,7 @@ class RunReport:
             return ExitCode.INTERRUPTED
         if self.failed and not self.num_committed:
             return ExitCode.NOTHING_COMMITTED
-        if self.failed or self.num_duplicates:
+        if self.failed or self.num_duplicates or self.snapshot_error:
             return ExitCode.PARTIAL
         return ExitCode.OK
 
@@ -105,6 +109,7 @@ class RunReport:
                 "done_before": self.num_done_before,
                 "committed": self.num_committed,
                 "failed": len(self.failed),
+                "not_started": self.num_not_started,
             },
             "failed_by_reason": dict(sorted(failures.items())),
             "retries_by_reason": dict(sorted(self.retries.items())),
@@ -119,6 +124,7 @@ class RunReport:
             "duplicate_keys": self.num_duplicates,
             "peak_rss_bytes": self.peak_rss_bytes,
             "snapshot": self.snapshot,
+            "snapshot_error": self.snapshot_error,
         }
 
     def save(self, store: Store) -> None:

@@ -36,6 +36,7 @@ class Stations:
 
     job: Job  # its encoder is loaded
     decoders: ThreadPoolExecutor
+    packers: ThreadPoolExecutor
     device_turn: threading.Lock = field(default_factory=threading.Lock)
     on_progress: Callable[[int], None]
     prepared_bytes: int = 1 << 20  # of one preprocessed image; corrected by the first
@@ -60,6 +61,16 @@ class _Carved:
     image: _Prepared  # without pixels
     tokens: CarvedTokens
     grid: tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Packed:
+    """One image after the codec: a row, or why there is none."""
+
+    key: str
+    row: RowToWrite | None
+    problem: str = ""
+    seconds: float = 0.0
 
 
 @dataclass(kw_only=True)
@@ -223,28 +234,34 @@ class ShardPipeline:
 
     def _write(self, writer: ShardWriter) -> None:
         """Pack carved images and write them; also fetches them from the device."""
+        seconds, packers = self.tally.seconds, self.stations.packers
         try:
             for batch in self.to_write:
                 started = time.perf_counter()
                 tokens = _to_host([carved.tokens for carved in batch])
-                self.tally.seconds["fetch"] += time.perf_counter() - started
-                for carved, on_host in zip(batch, tokens, strict=True):
-                    self._write_image(writer, replace(carved, tokens=on_host))
+                fetched = time.perf_counter()
+                # Several threads: behind a fast GPU one could not keep up.
+                packing = [
+                    packers.submit(self._pack, replace(carved, tokens=on_host))
+                    for carved, on_host in zip(batch, tokens, strict=True)
+                ]
+                for row in [future.result() for future in packing]:
+                    seconds["pack"] += row.seconds
+                    self._write_row(writer, row)
+                seconds["fetch"] += fetched - started
         except BaseException:
             self.to_write.stop()
             raise
 
-    def _write_image(self, writer: ShardWriter, carved: _Carved) -> None:
+    def _pack(self, carved: _Carved) -> _Packed:
+        """Pack one image, most important token first; runs in a packing thread."""
         started = time.perf_counter()
-        tally, tokens, image = self.tally, carved.tokens, carved.image
+        tokens, image = carved.tokens, carved.image
         order = np.argsort(tokens.ranks.numpy(), kind="stable")
         try:
             packed = self.job.codec.pack(tokens.features[torch.from_numpy(order)])
         except NonFiniteError as err:
-            tally.rejected.append(
-                RejectedSample(key=image.key, stage="encode", reason="non_finite", message=str(err))
-            )
-            return
+            return _Packed(key=image.key, row=None, problem=str(err))
         row = RowToWrite(
             key=image.key,
             content_hash=image.content_hash,
@@ -255,13 +272,20 @@ class ShardPipeline:
             image_size=image.image_size,
             columns=image.columns,
         )
-        ready = time.perf_counter()
+        return _Packed(key=image.key, row=row, seconds=time.perf_counter() - started)
+
+    def _write_row(self, writer: ShardWriter, packed: _Packed) -> None:
+        tally, row = self.tally, packed.row
+        if row is None:
+            self._reject_non_finite(packed.key, packed.problem)
+            return
+        started = time.perf_counter()
         writer.write(row)
         tally.num_written += 1
-        tally.tokens_kept += packed.num_tokens
-        tally.bytes_tokens += len(packed.tokens) + len(packed.aux) + 8 * packed.num_tokens
-        tally.seconds["pack"] += ready - started
-        tally.seconds["write"] += time.perf_counter() - ready
+        tally.tokens_kept += row.packed.num_tokens
+        tally.bytes_tokens += len(row.packed.tokens) + len(row.packed.aux)
+        tally.bytes_tokens += 8 * row.packed.num_tokens  # positions and sizes
+        tally.seconds["write"] += time.perf_counter() - started
 
 
 _NON_FINITE = "features or signals hold NaN or infinity"

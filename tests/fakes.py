@@ -34,7 +34,7 @@ class FakeEncoder(Encoder):
     def width(self) -> int:
         return self.dim
 
-    def describe(self) -> Mapping[str, Any]:
+    def describe(self, signals: frozenset[str] = frozenset()) -> Mapping[str, Any]:
         return {"model": "fake", "side": self.side, "dim": self.dim, "salt": self.salt}
 
     def load(

@@ -24,7 +24,7 @@ LAYERS = (
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
 ONLY_IN = {
-    "ray": ("pipeline/ray_runner.py",),
+    "ray": ("pipeline/ray_runner/",),
     "fsspec": ("pipeline/storage/",),
     "transformers": (
         "pipeline/encoders/",
