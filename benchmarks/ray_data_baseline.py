@@ -2,11 +2,14 @@
 
     read_webdataset -> map: decode, preprocess -> map_batches on an actor pool -> write_parquet
 
-Decoder, preprocessing, encoder, carver, codec, checksums and stored columns are the pipeline's own,
-so only the way the data travels differs.
+Two forms. *Usual*: Pillow and the model's own transformers image processor in `map`, so that its
+float32 pixel values travel, as users write it. *Lean*: decoder and preprocessing of this pipeline,
+uint8 pixels, so that only the way the data travels differs. Encoder, carver, codec, checksums and
+stored columns are the pipeline's own in both.
 """
 
 import hashlib
+import io
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -21,10 +24,12 @@ import ray
 import ray.data
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
 from pipeline.cache import row
 from pipeline.decode import decode_image
 from pipeline.job import Job
+from pipeline.types import VisualTokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +42,7 @@ class Setting:
         task_cpus: CPUs that Ray counts for a task that reads, decodes and preprocesses.
         batch_size: images per encoder call.
         actor_gpus: GPUs of an actor.
+        usual: the usual form, else the lean one.
     """
 
     actors: int
@@ -44,6 +50,7 @@ class Setting:
     task_cpus: float
     batch_size: int
     actor_gpus: float = 0.0
+    usual: bool = True
 
     def __str__(self) -> str:
         """Return the setting in words."""
@@ -61,16 +68,37 @@ class _Preprocess:
 
     def __call__(self, sample: Mapping[str, Any]) -> dict[str, Any]:
         encoded = sample["jpg"]
-        image = decode_image(encoded, key=sample["__key__"], options=self.job.decode)
+        pixels, (width, height) = self.prepare(encoded, sample["__key__"])
         return {
             "key": sample["__key__"],
             "content_hash": hashlib.sha256(encoded).digest()[:16],
-            "width": image.shape[1],
-            "height": image.shape[0],
+            "width": width,
+            "height": height,
             "txt": sample["txt"].decode("utf-8"),
-            "pixels": self.job.encoder.preprocess(image),
+            "pixels": pixels,
             "prepared_at": time.time(),
         }
+
+    def prepare(self, encoded: bytes, key: str) -> tuple[NDArray[Any], tuple[int, int]]:
+        """Return (H, W, 3) uint8 pixels, and width and height of the image."""
+        image = decode_image(encoded, key=key, options=self.job.decode)
+        return self.job.encoder.preprocess(image), (image.shape[1], image.shape[0])
+
+
+class _PreprocessAsUsual(_Preprocess):
+    """The same with Pillow and the model's own image processor."""
+
+    _processor: Any = None
+
+    def prepare(self, encoded: bytes, key: str) -> tuple[NDArray[Any], tuple[int, int]]:
+        """Return (3, H, W) float32 pixel values, and width and height of the image."""
+        if self._processor is None:
+            from transformers import AutoImageProcessor
+
+            self._processor = AutoImageProcessor.from_pretrained(self.job.encoder.model)
+        with Image.open(io.BytesIO(encoded)) as image:
+            values = self._processor(images=image.convert("RGB"), return_tensors="np")
+            return values["pixel_values"][0], image.size
 
 
 class _Carve:
@@ -83,7 +111,7 @@ class _Carve:
         job.encoder.load(device=device, dtype=dtype, signals=job.carver.needs)
 
     def __call__(self, batch: Mapping[str, Any]) -> pa.Table:
-        (group,) = self.job.encoder.encode_pixels(list(batch["pixels"]))
+        group = self._encode(batch["pixels"])
         rows = [self._pack(carved, group.grid) for carved in self.job.carver.carve(group)]
         columns: dict[str, Any] = {
             name: pa.array(list(batch[name]))
@@ -93,6 +121,18 @@ class _Carve:
         columns |= {name: pa.array([r[name] for r in rows]) for name in rows[0]}
         columns["carved_at"] = pa.array([time.time()] * len(rows))
         return pa.table(columns)
+
+    def _encode(self, pixels: NDArray[Any]) -> VisualTokens:
+        encoder = self.job.encoder
+        if pixels.dtype == np.uint8 or not hasattr(encoder, "_loaded"):
+            (group,) = encoder.encode_pixels(list(pixels))
+            return group
+        # Normalised already: straight into the tower, where `encode_pixels` would put them.
+        with torch.inference_mode():
+            values_BCHW = torch.from_numpy(pixels).to(encoder._device, encoder._dtype)
+            features_BND, signals = encoder._loaded(values_BCHW)
+        grid = encoder._grid(*pixels.shape[2:])
+        return VisualTokens(features=features_BND, grid=grid, signals=signals)
 
     def _pack(self, carved: Any, grid: tuple[int, int]) -> dict[str, Any]:  # noqa: ANN401
         order = np.argsort(carved.ranks.cpu().numpy(), kind="stable")
@@ -125,7 +165,8 @@ def run(job: Job, shards: Sequence[Path], output: Path, setting: Setting) -> Non
     dataset = ray.data.read_webdataset(
         [str(path) for path in shards], decoder=None, num_cpus=setting.task_cpus
     )
-    dataset = dataset.map(_Preprocess(job), num_cpus=setting.task_cpus)
+    preprocess = _PreprocessAsUsual(job) if setting.usual else _Preprocess(job)
+    dataset = dataset.map(preprocess, num_cpus=setting.task_cpus)
     dataset = dataset.map_batches(
         _Carve,
         fn_constructor_args=(job, "cuda" if setting.actor_gpus else "cpu"),

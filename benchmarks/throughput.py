@@ -220,12 +220,17 @@ def compare_pipeline_and_ray_data(bench: Bench, *, no_op: bool) -> dict[str, Any
         run, commits = run_pipeline(job)
         output = options.work_dir / "ray_data"
         shares = work_shares(measured["stages_alone"])
-        other = run_ray_data(job, bench.shards, output, setting, shares=shares)
+        others = {
+            form: run_ray_data(
+                job, bench.shards, output, replace(setting, usual=usual), shares=shares
+            )
+            for form, usual in (("ray_data", True), ("ray_data_lean", False))
+        }
         rounds.append(
             {
                 **measured,
                 "pipeline": asdict(run),
-                "ray_data": asdict(other),
+                **{form: asdict(other) for form, other in others.items()},
                 "pipeline_stage_seconds": stage_seconds(commits),
             }
         )
@@ -331,7 +336,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--cores", type=int, default=os.cpu_count(), help="default: all")
     parser.add_argument("--num-shards", type=int, default=24)
-    parser.add_argument("--images-per-shard", type=int, default=48)
+    parser.add_argument("--images-per-shard", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=8, help="images per encoder call")
     parser.add_argument("--bare-images", type=int, default=96, help="through the bare tower")
