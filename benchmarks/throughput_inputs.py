@@ -181,9 +181,9 @@ class NoOpEncoder(Encoder):
         """That of the other encoder."""
         return self._like.width
 
-    def describe(self) -> Mapping[str, Any]:
+    def describe(self, signals: frozenset[str] = frozenset()) -> Mapping[str, Any]:
         """Return what the other encoder says, and that the tower is left out."""
-        return {**self._like.describe(), "tower": "none"}
+        return {**self._like.describe(signals), "tower": "none"}
 
     def load(
         self,

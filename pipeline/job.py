@@ -87,7 +87,8 @@ def resolve_job(config: JobConfig, *, encoder: Encoder | None = None) -> Job:
         encoder = _attempt(problems, lambda: _build(encoders.build, config.encoder))
     carver = _attempt(problems, lambda: _build(carvers.build, config.carver))
     codec = _attempt(problems, lambda: _build(codecs.build, config.codec))
-    described = _attempt(problems, encoder.describe) if encoder else None
+    needs = carver.needs if carver else frozenset()
+    described = _attempt(problems, lambda: encoder.describe(needs)) if encoder else None
     if encoder and carver and described is not None:
         _attempt(problems, lambda: _check_signals(config, encoder, carver))
     columns = _attempt(problems, lambda: _check_columns(config))

@@ -37,10 +37,15 @@ class Encoder(ABC):
         """D of the features it gives with these options; read from the model's config."""
 
     @abstractmethod
-    def describe(self) -> Mapping[str, Any]:
+    def describe(self, signals: frozenset[str] = frozenset()) -> Mapping[str, Any]:
         """Return what identifies the stored numbers: model, revision, weights digest, stage.
 
-        JSON values only; enters the work fingerprint. Reads configs and file headers, no weights.
+        JSON values only; enters the work fingerprint, so it holds all that changes the features
+        or these signals, and nothing else. Reads configs, file headers and samples of weights.
+
+        Args:
+            signals: those the carver asks for. What only other signals depend on is left out;
+                names that are not in `yields` are ignored.
 
         Raises:
             ConfigError: the model cannot be found or is not of this family.

@@ -14,7 +14,7 @@ from torch import Tensor
 from pipeline.encoders._base import Encoder, Pixels
 from pipeline.encoders._preprocess import Preprocessor, read_preprocessor
 from pipeline.encoders._tower import TowerPlan
-from pipeline.encoders._weights import Checkpoint
+from pipeline.encoders._weights import Checkpoint, Reads
 from pipeline.errors import ConfigError, EncodeError, MissingSignalError, PipelineError
 from pipeline.types import VisualTokens
 
@@ -74,8 +74,12 @@ class ImageEncoder(Encoder):
         """Read the weights that the features and these signals need."""
 
     @abstractmethod
-    def _describe_options(self) -> Mapping[str, Any]:
+    def _describe_options(self, signals: frozenset[str]) -> Mapping[str, Any]:
         """Return the options beside model and revision that change the numbers."""
+
+    @abstractmethod
+    def _reads(self, signals: frozenset[str]) -> Reads:
+        """Return what of the checkpoint decides the features and these signals."""
 
     def _grid(self, height: int, width: int) -> tuple[int, int]:
         """Return the grid of the tokens of an image of this size."""
@@ -97,19 +101,20 @@ class ImageEncoder(Encoder):
         """Raise what is wrong with the config or the processor, before weights are read."""
         self._plan.check_size(self._preprocessor.output_size, model=self.model)
 
-    def describe(self) -> Mapping[str, Any]:
+    def describe(self, signals: frozenset[str] = frozenset()) -> Mapping[str, Any]:
         """Return model, revision, options and a digest of configs and weights; see `Encoder`.
 
         A local directory is described by the kind of model and the digest, not by its path, so
         the same files in another place are the same encoder.
         """
         self._check_model()
+        signals &= self.yields
         kind = str(self._checkpoint.config["model_type"])
         return {
             "model": f"local:{kind}" if self._checkpoint.is_local else self.model,
             "revision": self._checkpoint.revision,
-            **self._describe_options(),
-            "digest": self._checkpoint.digest(),
+            **self._describe_options(signals),
+            "digest": self._checkpoint.digest(lambda: self._reads(signals)),
         }
 
     def load(

@@ -13,7 +13,7 @@ import transformers
 from torch import Tensor, nn
 
 from pipeline.encoders._signals import mean_attention, split_heads
-from pipeline.encoders._weights import Checkpoint, fill, locate
+from pipeline.encoders._weights import Checkpoint, Source, fill, locate
 from pipeline.errors import ConfigError
 
 # Models that compute queries and keys as Llama does: linear maps, then rotary embedding.
@@ -95,21 +95,14 @@ class LlmPrefix:
         device: torch.device | str,
         dtype: torch.dtype,
     ) -> None:
-        config = type(config).from_dict(_cut(config.to_dict(), num_layers))
-        kind = getattr(transformers, _MODELS[config.model_type])
-        with torch.device("meta"):
-            model = kind(config)
-        model.embed_tokens = None  # of the vocabulary only the prompt's few rows are read
-        model.norm = nn.Identity()  # the K-th layer's output is wanted, not the model's
-        names = [name for name, _ in model.named_parameters()]
-        sources = locate(checkpoint, names, prefixes=_PREFIXES)
-        fill(model, checkpoint, sources, device=device, dtype=dtype)
+        model = _skeleton(config, num_layers)
+        config = model.config
+        fill(model, checkpoint, _sources(model, checkpoint), device=device, dtype=dtype)
         # Its frequencies are computed, not stored; on the meta device they have no values.
         model.rotary_emb = type(model.rotary_emb)(config=config).to(device)
         self._model = model
         ids, self._num_before = prompt
-        key = locate(checkpoint, ["embed_tokens.weight"], prefixes=_PREFIXES)
-        rows = checkpoint.read_rows(key["embed_tokens.weight"].key, ids)
+        rows = checkpoint.read_rows(_embeddings(checkpoint), ids)
         self._prompt_PD = rows.to(device=device, dtype=dtype)
         self._caught: dict[str, Tensor] = {}
         self._attention = model.layers[-1].self_attn
@@ -173,6 +166,42 @@ class LlmPrefix:
             self._caught[name] = output
 
         return hook
+
+
+def llm_reads(
+    config: Any,  # noqa: ANN401
+    checkpoint: Checkpoint,
+    *,
+    num_layers: int,
+    ids: Sequence[int],
+) -> tuple[frozenset[str], dict[str, Sequence[int]]]:
+    """Return the stored tensors that a `LlmPrefix` reads, and those of which it reads only rows.
+
+    Raises:
+        ConfigError: one is missing.
+    """
+    sources = _sources(_skeleton(config, num_layers), checkpoint)
+    return frozenset(source.key for source in sources.values()), {_embeddings(checkpoint): ids}
+
+
+def _skeleton(config: Any, num_layers: int) -> Any:  # noqa: ANN401
+    """Build the layers that run, without memory for their weights."""
+    config = type(config).from_dict(_cut(config.to_dict(), num_layers))
+    with torch.device("meta"):
+        model = getattr(transformers, _MODELS[config.model_type])(config)
+    model.embed_tokens = None  # of the vocabulary only the prompt's few rows are read
+    model.norm = nn.Identity()  # the K-th layer's output is wanted, not the model's
+    return model
+
+
+def _sources(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Source]:
+    names = [name for name, _ in model.named_parameters()]
+    return locate(checkpoint, names, prefixes=_PREFIXES)
+
+
+def _embeddings(checkpoint: Checkpoint) -> str:
+    name = "embed_tokens.weight"
+    return locate(checkpoint, [name], prefixes=_PREFIXES)[name].key
 
 
 def _cut(settings: dict[str, Any], num_layers: int) -> dict[str, Any]:

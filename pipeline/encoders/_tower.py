@@ -191,8 +191,7 @@ class Tower:
     ) -> None:
         self.plan = plan
         self._model = _skeleton(plan)
-        names = [name for name, _ in self._model.named_parameters()]
-        sources = locate(checkpoint, names, prefixes=prefixes, layouts=(Source, _old_dino_source))
+        sources = _sources(self._model, checkpoint, prefixes)
         fill(self._model, checkpoint, sources, device=device, dtype=dtype)
         _restore_buffers(self._model, device)
         family = plan.family
@@ -228,6 +227,23 @@ class Tower:
         They are taken from the last layer that ran, and are float32 as `types.SIGNALS` says.
         """
         return self._probe.take(start) if self._probe is not None else {}
+
+
+def tower_keys(plan: TowerPlan, checkpoint: Checkpoint, prefixes: Sequence[str]) -> frozenset[str]:
+    """Return the names of the stored tensors that a `Tower` reads.
+
+    Raises:
+        ConfigError: one is missing.
+    """
+    sources = _sources(_skeleton(plan), checkpoint, prefixes)
+    return frozenset(source.key for source in sources.values())
+
+
+def _sources(
+    model: nn.Module, checkpoint: Checkpoint, prefixes: Sequence[str]
+) -> dict[str, Source]:
+    names = [name for name, _ in model.named_parameters()]
+    return locate(checkpoint, names, prefixes=prefixes, layouts=(Source, _old_dino_source))
 
 
 def _norms(plan: TowerPlan) -> bool:

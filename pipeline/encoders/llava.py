@@ -7,7 +7,7 @@ Signals: of the tower, from the attention of the layer that makes the selected f
     under a fixed prompt.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -17,9 +17,15 @@ from torch import Tensor, nn
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from pipeline.encoders._image_encoder import ImageEncoder, LoadedModel, read_config
-from pipeline.encoders._llm_prefix import LLM_SIGNALS, LlmPrefix, llm_signals, tokenize_prompt
-from pipeline.encoders._tower import Tower, TowerPlan, plan_tower
-from pipeline.encoders._weights import Checkpoint, fill, locate
+from pipeline.encoders._llm_prefix import (
+    LLM_SIGNALS,
+    LlmPrefix,
+    llm_reads,
+    llm_signals,
+    tokenize_prompt,
+)
+from pipeline.encoders._tower import Tower, TowerPlan, plan_tower, tower_keys
+from pipeline.encoders._weights import Checkpoint, Reads, Source, fill, locate
 from pipeline.errors import ConfigError
 
 _TOWERS = ("clip_vision_model", "siglip_vision_model")
@@ -28,6 +34,10 @@ _TOWER_PREFIXES = tuple(
     for outer in ("model.vision_tower.", "vision_tower.")
     for inner in ("vision_model.", "")
 )
+# What is read of config.json, by the part that reads it.
+_TOWER_SETTINGS = ("vision_config", "vision_feature_layer", "vision_feature_select_strategy")
+_PROJECTOR_SETTINGS = ("projector_hidden_act", "multimodal_projector_bias")
+_LLM_SETTINGS = ("text_config",)
 _PROJECTOR_PREFIXES = ("model.multi_modal_projector.", "multi_modal_projector.")
 
 
@@ -106,8 +116,33 @@ class Llava(ImageEncoder):
             return rows, columns
         return 1, rows * columns + self._plan.num_prefix - self._first_token
 
-    def _describe_options(self) -> Mapping[str, Any]:
-        return {"stage": self.stage, "llm_layers": self.llm_layers, "prompt": self.prompt}
+    def _describe_options(self, signals: frozenset[str]) -> Mapping[str, Any]:
+        if signals & LLM_SIGNALS:
+            return {"stage": self.stage, "llm_layers": self.llm_layers, "prompt": self.prompt}
+        return {"stage": self.stage}
+
+    def _reads(self, signals: frozenset[str]) -> Reads:
+        config, checkpoint = self._config, self._checkpoint
+        used = set(_TOWER_SETTINGS)
+        keys = tower_keys(self._plan, checkpoint, _TOWER_PREFIXES)
+        rows: Mapping[str, Sequence[int]] = {}
+        if self._needs_projector(signals):
+            used |= {*_PROJECTOR_SETTINGS}
+            sources = _projector_sources(_projector(config), checkpoint)
+            keys |= {source.key for source in sources.values()}
+        if signals & LLM_SIGNALS:
+            used |= {*_LLM_SETTINGS}
+            # The ids stand for the tokenizer: nothing else of it is used.
+            ids, _ = tokenize_prompt(checkpoint, self.prompt, config.image_token_id)
+            llm_keys, rows = llm_reads(
+                config.text_config, checkpoint, num_layers=self.llm_layers, ids=ids
+            )
+            keys |= llm_keys
+        settings = {k: v for k, v in checkpoint.config.items() if k in used}
+        return Reads(settings=settings, keys=keys, rows=rows)
+
+    def _needs_projector(self, signals: frozenset[str]) -> bool:
+        return self.stage == "projected" or bool(signals & LLM_SIGNALS)
 
     def _load_model(
         self, *, device: torch.device, dtype: torch.dtype, signals: frozenset[str]
@@ -122,8 +157,10 @@ class Llava(ImageEncoder):
             signals=signals - LLM_SIGNALS,
         )
         projector = llm = None
-        if self.stage == "projected" or signals & LLM_SIGNALS:
-            projector = _load_projector(config, checkpoint, device=device, dtype=dtype)
+        if self._needs_projector(signals):
+            projector = _projector(config)
+            sources = _projector_sources(projector, checkpoint)
+            fill(projector, checkpoint, sources, device=device, dtype=dtype)
         if signals & LLM_SIGNALS:
             llm = LlmPrefix(
                 config.text_config,
@@ -166,16 +203,13 @@ class _LoadedLlava:
         return (projected_BND if self.gives_projected else features_BND), signals
 
 
-def _load_projector(
-    config: Any,  # noqa: ANN401
-    checkpoint: Checkpoint,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> nn.Module:
+def _projector(config: Any) -> nn.Module:  # noqa: ANN401
+    """Build the projector without memory for its weights."""
     with torch.device("meta"):
         projector: nn.Module = LlavaMultiModalProjector(config)
-    names = [name for name, _ in projector.named_parameters()]
-    sources = locate(checkpoint, names, prefixes=_PROJECTOR_PREFIXES)
-    fill(projector, checkpoint, sources, device=device, dtype=dtype)
     return projector
+
+
+def _projector_sources(projector: nn.Module, checkpoint: Checkpoint) -> dict[str, Source]:
+    names = [name for name, _ in projector.named_parameters()]
+    return locate(checkpoint, names, prefixes=_PROJECTOR_PREFIXES)

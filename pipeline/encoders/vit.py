@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from pipeline.encoders._image_encoder import ImageEncoder, LoadedModel, read_config
-from pipeline.encoders._tower import FAMILIES, Tower, TowerPlan, plan_tower
+from pipeline.encoders._tower import FAMILIES, Tower, TowerPlan, plan_tower, tower_keys
+from pipeline.encoders._weights import Reads
 from pipeline.errors import ConfigError
 
 _PREFIXES = ("", "vision_model.", "dinov2.", "dinov2_with_registers.")
@@ -61,8 +62,15 @@ class Vit(ImageEncoder):
             config = config.vision_config
         return plan_tower(config, [self.layer], final_norm=True, where="option 'layer'")
 
-    def _describe_options(self) -> Mapping[str, Any]:
+    def _describe_options(self, signals: frozenset[str]) -> Mapping[str, Any]:
         return {"stage": self.stage, "layer": self._plan.states[0]}
+
+    def _reads(self, signals: frozenset[str]) -> Reads:
+        config = self._checkpoint.config
+        return Reads(
+            settings=config["vision_config"] if config["model_type"] in _WHOLE_MODELS else config,
+            keys=tower_keys(self._plan, self._checkpoint, _PREFIXES),
+        )
 
     def _load_model(
         self, *, device: torch.device, dtype: torch.dtype, signals: frozenset[str]
