@@ -46,17 +46,18 @@ def build_snapshot(store: Store) -> Snapshot:
 
     Where two shards hold one key, the shard whose id sorts first keeps it.
     """
-    commits = current_commits(list(read_commits(store)))
-    latest = latest_snapshot(store)
-    if latest is not None and latest.work == _work(commits):
-        return latest
-    number = latest.number + 1 if latest else 0
     while True:
+        # In this order: a commit that `latest` covers is then among the commits read, and
+        # publishing the number after it can hide none.
+        latest = latest_snapshot(store)
+        commits = current_commits(list(read_commits(store)))
+        if latest is not None and latest.work == _work(commits):
+            return latest
+        number = latest.number + 1 if latest else 0
         snapshot, files, index = collect_snapshot(store, commits, number=number)
         if _publish(store, snapshot, files, index):
             return snapshot
-        # Another driver took this number meanwhile, and its commits may not be ours.
-        number += 1
+        # Another driver took this number meanwhile, and may cover commits that we have not read.
 
 
 def collect_snapshot(

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.cache import layout
+from pipeline.cache import snapshot as snapshots
 from pipeline.cache.reader import SnapshotReader
 from pipeline.cache.snapshot import Snapshot, build_snapshot, latest_snapshot
 from pipeline.cache.verify import find_damage
@@ -114,6 +115,53 @@ def test_builders_racing_for_a_number_all_end_with_a_whole_snapshot(store: Store
     }
     for snapshot in made:
         assert len(list(SnapshotReader(store=store, snapshot=snapshot).keys())) == 5
+
+
+def test_a_builder_that_lost_its_number_covers_what_was_committed_meanwhile(tmp_path: Path) -> None:
+    fill(open_store(str(tmp_path)))
+
+    class Overtaken(Store):
+        """Another builder commits a shard and takes the number just before ours is put."""
+
+        overtaken = False
+
+        def put_once(self, path: str, data: bytes) -> None:
+            if path.endswith("snapshot.json") and not self.overtaken:
+                self.overtaken = True
+                other = open_store(self.url)
+                commit_rows(other, "s3", [make_row("k9")])
+                build_snapshot(other)
+            super().put_once(path, data)
+
+    store = Overtaken(str(tmp_path))
+
+    made = build_snapshot(store)
+
+    latest = latest_snapshot(store)
+    assert made == latest
+    assert "k9" in list(SnapshotReader(store=store, snapshot=latest).keys())
+
+
+def test_commits_made_while_the_latest_snapshot_is_looked_up_are_not_hidden(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(str(tmp_path))
+    fill(store)
+    look_up = snapshots.latest_snapshot
+    late = ["s3"]
+
+    def overtaken(where: Store) -> Snapshot | None:
+        if late:
+            commit_rows(where, late.pop(), [make_row("k9")])
+            build_snapshot(where)
+        return look_up(where)
+
+    monkeypatch.setattr(snapshots, "latest_snapshot", overtaken)
+
+    build_snapshot(store)
+
+    reader = SnapshotReader(store=store, snapshot=look_up(store))
+    assert "k9" in list(reader.keys())
 
 
 def test_verify_finds_a_flipped_byte_and_a_missing_part(store: Store) -> None:
