@@ -14,7 +14,7 @@ from torch import Tensor
 from pipeline.encoders._base import Encoder, Pixels
 from pipeline.encoders._preprocess import Preprocessor, read_preprocessor
 from pipeline.encoders._tower import TowerPlan
-from pipeline.encoders._weights import Checkpoint, Reads
+from pipeline.encoders._weights import Checkpoint, Reads, find_place
 from pipeline.errors import ConfigError, EncodeError, MissingSignalError, PipelineError
 from pipeline.types import VisualTokens
 
@@ -45,23 +45,28 @@ class ImageEncoder(Encoder):
 
     def __post_init__(self) -> None:
         """Start without weights."""
+        self._place: str | None = None
         self._loaded: LoadedModel | None = None
         self._device = torch.device("cpu")
         self._dtype = torch.float32
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the options alone; of a hub model, the commit that was found."""
+        """Return the options, and which model they mean here: a directory, or a hub's commit."""
         if self._loaded is not None:
             raise TypeError("a loaded encoder cannot be pickled; pickle it before load")
         state = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        state["_place"] = self._place
         if "_checkpoint" in self.__dict__:
             state["revision"] = self._checkpoint.revision
+            state["_place"] = self._checkpoint.place
+        elif self.model and self._place is None:
+            state["_place"] = find_place(self.model)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore the options; files are looked for anew where this process runs."""
-        self.__dict__.update(state)
+        """Restore the options; files are opened anew where this process runs."""
         ImageEncoder.__post_init__(self)
+        self.__dict__.update(state)
 
     @abstractmethod
     def _read_plan(self) -> TowerPlan:
@@ -87,7 +92,7 @@ class ImageEncoder(Encoder):
 
     @cached_property
     def _checkpoint(self) -> Checkpoint:
-        return Checkpoint(self.model, self.revision)
+        return Checkpoint(self.model, self.revision, place=self._place)
 
     @cached_property
     def _plan(self) -> TowerPlan:

@@ -8,6 +8,7 @@ files that hold a wanted tensor are fetched. Weights come from safetensors files
 import hashlib
 import json
 import re
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from pipeline.encoders._safetensors import SafetensorsFile
 from pipeline.errors import ConfigError
 
+HUB = "hub"  # a place that is no absolute path
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _HUB_ID = re.compile(r"[\w\-.]+(/[\w\-.]+)?")
@@ -54,17 +56,26 @@ class Checkpoint:
     Args:
         model: local directory, or id of a hub repository.
         revision: branch, tag or commit of a hub repository; None is its default branch.
+        place: result of `find_place` where the model was first looked for; None looks here.
 
     Raises:
         ConfigError: there is no such model, or it cannot be reached.
     """
 
-    def __init__(self, model: str, revision: str | None = None) -> None:
+    def __init__(
+        self, model: str, revision: str | None = None, *, place: str | None = None
+    ) -> None:
         if not model:
             raise ConfigError("option 'model' is empty; give a local directory or a hub id")
         self.model = model
-        self.is_local = Path(model).expanduser().is_dir()
+        self.place = place or find_place(model)
+        self.is_local = self.place != HUB
         self.revision = revision
+        if self.is_local and not Path(self.place).is_dir():
+            raise ConfigError(
+                f"model directory {self.place!r} is not there on host {socket.gethostname()}: "
+                "use a path that every node sees"
+            )
         if self.is_local and revision is not None:
             raise ConfigError(
                 f"option 'revision' {revision!r} has no meaning for the local directory {model!r}; "
@@ -155,7 +166,7 @@ class Checkpoint:
             ConfigError: the hub cannot be asked.
         """
         if self.is_local:
-            path = Path(self.model).expanduser() / name
+            path = Path(self.place) / name
             return path if path.is_file() else None
         return _fetch(self.model, name, self.revision)
 
@@ -187,6 +198,16 @@ class Checkpoint:
                 "can run code; convert it with save_pretrained (writes safetensors)"
             )
         return f"model {self.model!r} has neither {_SINGLE} nor {_INDEX}; give a whole checkpoint"
+
+
+def find_place(model: str) -> str:
+    """Return the absolute path of a model that is a directory here, else `HUB`.
+
+    One process decides for all: another has another working directory, and takes the relative
+    path `demo/model` for a hub id.
+    """
+    path = Path(model).expanduser()
+    return str(path.absolute()) if path.is_dir() else HUB
 
 
 def locate(
@@ -281,9 +302,15 @@ def _fetch(model: str, name: str, revision: str | None) -> Path | None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), object_hook=_without_origin)
     except (OSError, ValueError) as err:
         raise ConfigError(f"cannot read {path}: {err}") from err
     if not isinstance(content, dict):
         raise ConfigError(f"{path} is not a JSON object; download it again")
     return content
+
+
+def _without_origin(settings: dict[str, Any]) -> dict[str, Any]:
+    """Leave out where a config was once loaded from: it says nothing about the model."""
+    settings.pop("_name_or_path", None)
+    return settings

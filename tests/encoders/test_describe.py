@@ -218,3 +218,25 @@ def test_a_tensor_stored_in_another_type_is_another_tensor(tmp_path):
     save_file(tensors, tmp_path / "model.safetensors")
 
     assert describe(tmp_path)["digest"] != before["digest"]
+
+
+@pytest.mark.parametrize("part", [[], ["vision_config"]])
+def test_where_a_config_was_saved_does_not_count(tmp_path, part):
+    save_llava(tmp_path)
+    before = describe(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    place = config
+    for name in part:
+        place = place[name]
+    place["_name_or_path"] = str(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    assert describe(tmp_path) == before
+
+
+def test_where_the_config_of_a_bare_tower_was_saved_does_not_count(tmp_path):
+    save_vit(tmp_path, "siglip")
+    before = encoders.build("vit", {"model": str(tmp_path)}).describe()
+    change_settings(tmp_path / "config.json", {"_name_or_path": str(tmp_path)})
+
+    assert encoders.build("vit", {"model": str(tmp_path)}).describe() == before
