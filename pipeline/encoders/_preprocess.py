@@ -5,6 +5,7 @@ in torch on the device: a prepared image is a quarter of the size of its floats.
 hold for a setting that a checkpoint leaves out is asked of the processor classes of transformers.
 """
 
+import functools
 import importlib
 import math
 from collections.abc import Mapping
@@ -115,11 +116,9 @@ class Preprocessor:
             (B, 3, H, W) float32, equal to the processor's result but for the last bit.
         """
         planes_BCHW = pixels_BHWC.permute(0, 3, 1, 2).contiguous().to(torch.float32)
-        mean, std = (
-            torch.tensor(value, device=planes_BCHW.device).view(1, 3, 1, 1)
-            for value in (self.mean, self.std)
-        )
-        return planes_BCHW.mul_(self.scale).sub_(mean).div_(std)
+        mean_1C11 = _per_channel(self.mean, planes_BCHW.device)
+        std_1C11 = _per_channel(self.std, planes_BCHW.device)
+        return planes_BCHW.mul_(self.scale).sub_(mean_1C11).div_(std_1C11)
 
     def _resized(self, height: int, width: int) -> tuple[int, int] | None:
         if self.shortest_edge is None:
@@ -164,6 +163,13 @@ class Preprocessor:
             (columns, rows), self.resample, box=(0, top - first, columns, bottom - first)
         )
         return np.asarray(part)
+
+
+@functools.lru_cache(maxsize=64)
+def _per_channel(values: tuple[float, float, float], device: torch.device) -> Tensor:
+    """Return (1, 3, 1, 1) float32; kept, because a copy to a GPU makes the caller wait for it."""
+    with torch.inference_mode(False):  # of use outside of it as well
+        return torch.tensor(values, device=device).view(1, 3, 1, 1)
 
 
 def read_preprocessor(settings: Mapping[str, Any], *, model: str) -> Preprocessor:

@@ -1,10 +1,12 @@
 """Pixel for pixel against the image processors of transformers."""
 
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.encoders._preprocess import read_preprocessor
 from pipeline.errors import ConfigError, EncodeError
@@ -170,3 +172,45 @@ def test_threads_get_the_same_pixels():
         np.array_equal(result, preprocessor.prepare(image))
         for result, image in zip(results, images, strict=True)
     )
+
+
+def clip_preprocessor(mean):
+    return read_preprocessor({**CLIP, "image_mean": mean}, model="tiny")
+
+
+class Calls(TorchDispatchMode):
+    """Notes which tensor operations run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_mean_is_brought_to_the_device_once_and_not_for_every_batch():
+    preprocessor = clip_preprocessor(mean=[0.11, 0.12, 0.13])
+    pixels_BHWC = torch.randint(0, 256, (2, 8, 8, 3), dtype=torch.uint8)
+    with torch.inference_mode():
+        first = preprocessor.normalise(pixels_BHWC)
+
+    with Calls() as calls:
+        second = preprocessor.normalise(pixels_BHWC)
+
+    assert "lift_fresh" not in calls.names  # a tensor made of Python numbers
+    assert "mul_" in calls.names
+    assert torch.equal(first, second)
+
+
+def test_a_preprocessor_that_has_worked_can_be_pickled_and_used_by_many_threads():
+    preprocessor = clip_preprocessor(mean=[0.21, 0.22, 0.23])
+    pixels_BHWC = torch.randint(0, 256, (2, 8, 8, 3), dtype=torch.uint8)
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(preprocessor.normalise, [pixels_BHWC] * 16))
+
+    copy = pickle.loads(pickle.dumps(preprocessor))
+
+    assert copy == preprocessor
+    assert all(torch.equal(copy.normalise(pixels_BHWC), result) for result in results)
