@@ -5,7 +5,8 @@ import logging
 import mmap
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +18,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.cache import layout, pages, row
+from pipeline.cache.spool import Spool
+from pipeline.errors import StorageError
 from pipeline.storage import Store
 from pipeline.types import PackedTokens, RejectedSample
 
@@ -96,7 +99,13 @@ class ShardWriter:
             self._flush()
 
     def finish(self, errors: Sequence[RejectedSample]) -> list[WrittenFile]:
-        """Close the last part, write index and errors, and return all files of the attempt."""
+        """Close the last part, write index and errors, and return all files of the attempt.
+
+        On a local store they are on disk when this returns, and so are the folders they lie in.
+
+        Raises:
+            StorageError: the store or the local disk does not take them.
+        """
         if self._rows:
             self._flush()
         if self._part is not None:
@@ -110,15 +119,26 @@ class ShardWriter:
                 [pa.array(column, pa.string()) for column in columns], schema=layout.ERRORS_SCHEMA
             )
             self._write_table(layout.errors_path(self.shard_id, self.attempt), "errors", table)
+        if self.files:
+            self._sync_folders()
         return self.files
 
     def abort(self) -> None:
-        """Remove what this attempt wrote. Safe: no commit names these files."""
-        if self._part is not None:
-            self._part.abandon()
-            self._part = None
+        """Remove what this attempt wrote. Safe: no commit names these files.
+
+        What cannot be removed is logged, not raised: it must not hide the error before it.
+        """
         self._rows.clear()
-        self.store.delete_tree(layout.attempt_path(self.shard_id, self.attempt))
+        for remove in (self._abandon_part, self._remove_files):
+            try:
+                remove()
+            except OSError as err:
+                logger.warning(
+                    "cannot remove what attempt %s at shard %s left behind: %s",
+                    self.attempt,
+                    self.shard_id,
+                    err,
+                )
 
     def _flush(self) -> None:
         if self._part is None:
@@ -138,6 +158,28 @@ class ShardWriter:
             self.files.append(written)
             self._index.append(index)
             self._part = None
+
+    def _abandon_part(self) -> None:
+        if self._part is not None:
+            self._part.abandon()
+            self._part = None
+
+    def _remove_files(self) -> None:
+        self.store.delete_tree(layout.attempt_path(self.shard_id, self.attempt))
+
+    def _sync_folders(self) -> None:
+        """Bring the folders of a local cache to disk, from the attempt's up to the cache's own.
+
+        All of them, not the new ones only: another actor may have made one and not synced it yet.
+        """
+        root = self.store.local_path("")
+        attempt = self.store.local_path(layout.attempt_path(self.shard_id, self.attempt))
+        if root is None or attempt is None:
+            return
+        for folder in (Path(attempt), *Path(attempt).parents):
+            if folder.is_relative_to(root):
+                with _local_errors(self.store.url, str(folder)):
+                    _sync(folder)
 
     def _write_table(self, path: str, kind: str, table: pa.Table) -> None:
         sink = pa.BufferOutputStream()
@@ -159,7 +201,7 @@ class _Part:
     """One Parquet part being written on local disk, then uploaded whole.
 
     Spooling costs one local copy of at most `part_bytes` and makes an upload repeatable; in a
-    local cache the spool file is the part itself.
+    local cache the part is written in its place.
     """
 
     def __init__(self, *, store: Store, path: str, schema: pa.Schema) -> None:
@@ -169,18 +211,21 @@ class _Part:
         self.tokens_bytes = 0
         self._groups: list[list[tuple[Any, ...]]] = []  # what the index needs of each row
         local = store.local_path(path)
-        if local is not None:
-            Path(local).parent.mkdir(parents=True, exist_ok=True)
-            self._spool, self._is_final = local, True
-        else:
-            handle, self._spool = tempfile.mkstemp(prefix="carvecache-", suffix=".parquet")
-            os.close(handle)
-            self._is_final = False
+        self._spool: Spool | None = None
+        self._folder = os.path.dirname(local) if local is not None else tempfile.gettempdir()
+        with self._local_errors():
+            if local is not None:
+                os.makedirs(self._folder, exist_ok=True)
+                self._on_disk = local
+            else:
+                self._spool = Spool()
+                self._on_disk = self._spool.path
+            self._sink = pa.OSFile(self._on_disk, "wb")
         # No dictionary and no page compression on tokens: a value's bytes then lie in the file
         # as they are, so one image can be fetched by offset. One row a page makes the standard
         # Parquet offset index address rows too.
         self._writer = pq.ParquetWriter(
-            self._spool,
+            self._sink,
             schema,
             use_dictionary=False,
             compression={name: _compression(name) for name in schema.names},
@@ -211,37 +256,52 @@ class _Part:
             for place, column in enumerate(values)
         ]
         table = pa.Table.from_arrays(arrays, schema=self.schema)
-        self._writer.write_table(table, row_group_size=len(rows))
+        with self._local_errors():
+            self._writer.write_table(table, row_group_size=len(rows))
         self.tokens_bytes += sum(len(r.packed.tokens) for r in rows)
         self._groups.append([_index_values(r) for r in rows])
 
     def close(self, *, number: int) -> tuple[WrittenFile, pa.Table]:
         """Finish the file and put it in its place; return it with its index rows."""
-        self._writer.close()
-        with open(self._spool, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as m:
-            index = self._index_rows(m, number)
-            written = WrittenFile(
-                path=self.path,
-                kind="part",
-                size=len(m),
-                sha256=hashlib.sha256(m).hexdigest(),
-                rows=index.num_rows,
-            )
-            if self._is_final:
-                os.fsync(file.fileno())
-        if not self._is_final:
-            try:
-                self.store.upload(self.path, self._spool)
-            finally:
-                os.unlink(self._spool)
+        with self._local_errors():
+            self._writer.close()
+            self._sink.close()
+            written, index = self._describe(number)
+        if self._spool is not None:
+            self.store.upload(self.path, self._on_disk)
+            self._spool.close()
         return written, index
 
     def abandon(self) -> None:
-        self._writer.close()
-        os.unlink(self._spool)
+        """Free the spool, whatever has happened to it."""
+        # Closing the writer would write a footer, which fails again on a full disk.
+        self._writer.is_open = False
+        self._sink.close()
+        if self._spool is not None:
+            self._spool.close()
+
+    def _describe(self, number: int) -> tuple[WrittenFile, pa.Table]:
+        with (
+            open(self._on_disk, "rb") as file,
+            mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as content,
+        ):
+            index = self._index_rows(content, number)
+            written = WrittenFile(
+                path=self.path,
+                kind="part",
+                size=len(content),
+                sha256=hashlib.sha256(content).hexdigest(),
+                rows=index.num_rows,
+            )
+            if self._spool is None:
+                os.fsync(file.fileno())
+        return written, index
+
+    def _local_errors(self) -> AbstractContextManager[None]:
+        return _local_errors(self.store.url_of(self.path), self._folder)
 
     def _index_rows(self, file: mmap.mmap, number: int) -> pa.Table:
-        metadata = pq.read_metadata(self._spool)
+        metadata = pq.read_metadata(self._on_disk)
         tokens_column = self.schema.get_field_index("tokens")
         aux_column = self.schema.get_field_index("aux")
         columns: dict[str, list[Any]] = {name: [] for name in layout.INDEX_SCHEMA.names}
@@ -267,3 +327,23 @@ def _compression(column: str) -> str:
 def _index_values(r: RowToWrite) -> tuple[Any, ...]:
     """Return what the index says of a row beside its place, in the order of its columns."""
     return (r.key, r.content_hash, r.packed.num_tokens, *r.grid, *r.image_size)
+
+
+@contextmanager
+def _local_errors(url: str, folder: str) -> Iterator[None]:
+    """Turn errors of the local disk (full, say) into `StorageError`."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as err:
+        reason = " ".join(str(err).split())
+        raise StorageError(f"cannot write {url} by way of {folder}: {reason}") from err
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -2,6 +2,16 @@
 
 import hashlib
 import io
+import logging
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
@@ -10,8 +20,9 @@ import polars
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.cache import layout
+from pipeline.cache import layout, spool
 from pipeline.cache.row import row_checksum
+from pipeline.errors import NotFoundError, StorageError
 from pipeline.storage import Store, open_store
 from pipeline.types import RejectedSample
 from tests.cache.rows import SETTINGS, make_row, make_writer
@@ -124,3 +135,145 @@ def test_rejected_samples_are_written_beside_the_rows(store: Store) -> None:
 def test_an_empty_shard_writes_no_file(store: Store) -> None:
     with make_writer(store, "shard") as writer:
         assert writer.finish([]) == []
+
+
+class NoUpload(Store):
+    """A store whose bucket has gone when a part is uploaded."""
+
+    deleted: str | None = None
+    can_delete = True
+
+    def upload(self, path: str, local_path: str) -> None:
+        raise NotFoundError(f"cannot write {self.url_of(path)}: its bucket does not exist")
+
+    def delete_tree(self, prefix: str) -> None:
+        self.deleted = prefix
+        if not self.can_delete:
+            raise StorageError(f"cannot delete {self.url_of(prefix)}: refused")
+        super().delete_tree(prefix)
+
+
+@pytest.mark.parametrize("can_delete", [True, False])
+def test_a_failed_upload_is_the_error_that_is_seen_and_the_attempt_is_removed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, can_delete: bool
+) -> None:
+    store = NoUpload(f"memory://{tmp_path.name}")
+    store.can_delete = can_delete
+    writer = make_writer(store, "shard")
+
+    def write() -> None:
+        with writer:
+            writer.write(rows(1)[0])
+            writer.finish([])
+
+    with caplog.at_level(logging.WARNING), pytest.raises(NotFoundError, match="its bucket"):
+        write()
+
+    assert store.deleted == layout.attempt_path("shard", writer.attempt)
+    assert ("refused" in caplog.text) != can_delete
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Let no file grow beyond `size` bytes: what a full disk does, for this process."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("limit", [10_000, 60_000])
+def test_a_full_disk_is_a_storage_error_that_names_the_part(store: Store, limit: int) -> None:
+    """It fills up within a row group, or when the part is closed."""
+    writer = make_writer(store, "shard", row_group_bytes=20_000)
+
+    def write() -> None:
+        with writer:
+            for row in rows(30):
+                writer.write(row)
+            writer.finish([])
+
+    with largest_file(limit), pytest.raises(StorageError, match=r"part-00000\.parquet.*File too"):
+        write()
+
+    assert list(store.list("data")) == []
+
+
+def test_an_abort_survives_a_part_that_is_already_gone(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    writer = make_writer(store, "shard", row_group_bytes=1)
+
+    def write_and_stop() -> None:
+        with writer:
+            writer.write(rows(1)[0])
+            os.unlink(store.local_path(layout.part_path("shard", writer.attempt, 0)))
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        write_and_stop()
+
+    assert list(store.list("data")) == []
+
+
+def test_a_killed_process_leaves_no_spool_file(tmp_path: Path) -> None:
+    script = """
+        import os, signal
+        from pipeline.storage import open_store
+        from tests.cache.rows import make_row, make_writer
+
+        writer = make_writer(open_store("memory://killed"), "shard", row_group_bytes=1)
+        writer.write(make_row("a"))
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+
+    killed = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        check=False,
+    )
+
+    assert killed.returncode == -signal.SIGKILL
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_paths_of_descriptors_a_spool_has_a_name_and_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spool, "DESCRIPTORS", str(tmp_path / "none"))
+    (tmp_path / "spool").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "spool"))
+    store = open_store(f"memory://{tmp_path.name}")
+
+    writer = make_writer(store, "shard", row_group_bytes=1)
+    with writer:
+        writer.write(rows(1)[0])
+        assert len(list((tmp_path / "spool").iterdir())) == 1
+        files = writer.finish([])
+
+    assert open_part(store, files[0].path).read().num_rows == 1
+    assert list((tmp_path / "spool").iterdir()) == []
+
+
+def test_a_finished_attempt_is_on_disk_with_all_its_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(str(tmp_path / "cache"))
+    synced: list[str] = []
+    sync = os.fsync
+
+    def record(descriptor: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", record)
+
+    files = written(store)
+
+    part, root = store.local_path(files[0].path), store.local_path("")
+    folders = [str(p) for p in Path(part).parents if p.is_relative_to(root)]
+    assert len(folders) == 4
+    assert part in synced
+    for folder in folders:
+        assert folder in synced[synced.index(part) :]
