@@ -7,14 +7,15 @@ are removed. See `docs/design.md` for what each crash leaves behind.
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pipeline.cache import layout
+from pipeline.cache.fetch import in_order
 from pipeline.cache.writer import WrittenFile
 from pipeline.errors import AlreadyExistsError, CacheFormatError, ConfigError, NotFoundError
-from pipeline.storage import Store
+from pipeline.storage import Entry, Store
 from pipeline.types import ShardRef
 
 
@@ -82,28 +83,62 @@ def try_commit(store: Store, commit: Commit) -> Commit:
     return commit
 
 
+def list_records(store: Store) -> list[Entry]:
+    """Return the commit records that there are, by path; one listing, no reads."""
+    found = store.list(layout.COMMITS)
+    return [entry for entry in found if layout.parse_commit_path(entry.path) is not None]
+
+
 def list_committed(store: Store) -> set[tuple[str, str]]:
     """Return (shard id, work fingerprint) of every commit, by one listing and no reads."""
-    paths = (layout.parse_commit_path(entry.path) for entry in store.list(layout.COMMITS))
+    paths = (layout.parse_commit_path(entry.path) for entry in list_records(store))
     return {found for found in paths if found is not None}
 
 
-def read_commits(store: Store) -> Iterator[Commit]:
-    """Yield every commit record, by path."""
-    for entry in store.list(layout.COMMITS):
-        if layout.parse_commit_path(entry.path) is not None:
-            yield parse_commit(store.read(entry.path), where=entry.path)
+def read_commits(store: Store, records: Iterable[Entry] | None = None) -> Iterator[Commit]:
+    """Yield commit records, many read at once.
+
+    Args:
+        store: the cache.
+        records: which to read, from `list_records`; None for all, by path.
+    """
+
+    def read(record: Entry) -> Commit:
+        return parse_commit(store.read(record.path), where=record.path)
+
+    yield from in_order(read, list_records(store) if records is None else records)
 
 
-def current_commits(commits: Sequence[Commit]) -> list[Commit]:
-    """Return the newest commit of each shard, by shard id."""
-    newest: dict[str, Commit] = {}
+def select_current(
+    commits: Iterable[Commit], wanted: Mapping[str, str] | None = None
+) -> list[Commit]:
+    """Return the one commit of each shard that counts, by shard id.
+
+    A shard has several when its input has changed, or has changed back to what it was.
+
+    Args:
+        commits: of all shards.
+        wanted: work fingerprint by shard id, of those shards whose input is known now; one that
+            no commit has says nothing. Of any other shard the commit of the latest
+            (committed_at, work_fingerprint) counts.
+    """
+    wanted = wanted or {}
+
+    def order(commit: Commit) -> tuple[bool, float, str]:
+        is_wanted = wanted.get(commit.shard_id) == commit.work_fingerprint
+        return is_wanted, commit.committed_at, commit.work_fingerprint
+
+    current: dict[str, Commit] = {}
     for commit in commits:
-        known = newest.get(commit.shard_id)
-        order = (commit.committed_at, commit.work_fingerprint)
-        if known is None or order > (known.committed_at, known.work_fingerprint):
-            newest[commit.shard_id] = commit
-    return [newest[shard_id] for shard_id in sorted(newest)]
+        known = current.get(commit.shard_id)
+        if known is None or order(commit) > order(known):
+            current[commit.shard_id] = commit
+    return [current[shard_id] for shard_id in sorted(current)]
+
+
+def current_commits(commits: Iterable[Commit]) -> list[Commit]:
+    """Return the newest commit of each shard, by shard id."""
+    return select_current(commits)
 
 
 def claim_identity(store: Store, identity: Mapping[str, Any]) -> Mapping[str, Any]:

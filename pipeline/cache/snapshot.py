@@ -10,7 +10,7 @@ import json
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import pyarrow as pa
@@ -18,9 +18,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.cache import layout
-from pipeline.cache.commit import Commit, current_commits, read_commits
+from pipeline.cache.commit import Commit, list_records, read_commits, select_current
+from pipeline.cache.fetch import in_order
 from pipeline.errors import AlreadyExistsError, CacheFormatError
-from pipeline.storage import Store
+from pipeline.storage import Entry, Store
 
 _MAX_KEPT_DUPLICATES = 100
 
@@ -39,33 +40,55 @@ class Snapshot:
     num_duplicates: int  # rows left out because an earlier shard has the same key
     duplicates: tuple[tuple[str, str], ...]  # (key, shard left out), at most 100
     created_at: float
+    records: str = ""
+    """Fingerprint of the listing of commit records it was made from; "" where it is not known."""
+    choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Of each shard with several commits their work fingerprints, that of the one covered first."""
 
 
-def build_snapshot(store: Store) -> Snapshot:
+_FIELDS = {f.name for f in fields(Snapshot)}
+
+
+def build_snapshot(store: Store, wanted: Mapping[str, str] | None = None) -> Snapshot:
     """Make a snapshot of all commits, or return the latest if it covers just these.
 
     Where two shards hold one key, the shard whose id sorts first keeps it.
+
+    Args:
+        store: the cache.
+        wanted: work fingerprint by shard id, of those shards whose input is known now: where a
+            shard has several commits, that one counts. Of a shard that is not named, the commit
+            that the latest snapshot chose counts, or, once it has more, the newest.
     """
     while True:
-        # In this order: a commit that `latest` covers is then among the commits read, and
+        # In this order: a commit that `latest` covers is then among the records listed, and
         # publishing the number after it can hide none.
         latest = latest_snapshot(store)
-        commits = current_commits(list(read_commits(store)))
-        if latest is not None and latest.work == _work(commits):
+        records = list_records(store)
+        several = _shards_with_several(records)
+        preferred = _preferred(several, latest, wanted or {})
+        if latest is not None and _is_still_so(latest, records, preferred):
+            return latest
+        commits = select_current(read_commits(store, records), preferred)
+        choices = _choices(several, commits)
+        if latest is not None and (latest.work, latest.choices) == (_work(commits), choices):
             return latest
         number = latest.number + 1 if latest else 0
-        snapshot, files, index = collect_snapshot(store, commits, number=number)
+        made, files, index = _assemble(store, commits, number=number)
+        snapshot = replace(made, records=_listing(records), choices=choices)
         if _publish(store, snapshot, files, index):
             return snapshot
-        # Another driver took this number meanwhile, and may cover commits that we have not read.
+        # Another driver took this number meanwhile, and may cover commits not listed here.
 
 
-def collect_snapshot(
-    store: Store, commits: Sequence[Commit] | None = None, *, number: int = -1
-) -> tuple[Snapshot, pa.Table, pa.Table]:
+def collect_snapshot(store: Store) -> tuple[Snapshot, pa.Table, pa.Table]:
     """Return a snapshot of all commits with its files and index tables, without storing it."""
-    if commits is None:
-        commits = current_commits(list(read_commits(store)))
+    return _assemble(store, select_current(read_commits(store)), number=-1)
+
+
+def _assemble(
+    store: Store, commits: Sequence[Commit], *, number: int
+) -> tuple[Snapshot, pa.Table, pa.Table]:
     files = _files_table(commits)
     index, duplicates = _index_table(store, commits, files)
     token = uuid.uuid4().hex[:8]
@@ -110,9 +133,53 @@ def read_snapshot(store: Store, number: int) -> Snapshot:
                 f"{path}: format version {version} is not known; install a newer carvecache"
             )
         values["duplicates"] = tuple((key, shard) for key, shard in values["duplicates"])
-        return Snapshot(**values)
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as err:
+        values["choices"] = {s: tuple(works) for s, works in values.get("choices", {}).items()}
+        return Snapshot(**{name: values[name] for name in _FIELDS & values.keys()})
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as err:
         raise CacheFormatError(f"{store.url}/{path} is damaged: {err}") from err
+
+
+def _listing(records: Sequence[Entry]) -> str:
+    # With the etag: a record may have been removed and its shard carved again.
+    return layout.fingerprint([(record.path, record.etag) for record in records])
+
+
+def _shards_with_several(records: Sequence[Entry]) -> dict[str, list[str]]:
+    """Return the sorted work fingerprints of each shard that has several commits."""
+    found: dict[str, list[str]] = {}
+    for shard_id, work in sorted(filter(None, (layout.parse_commit_path(r.path) for r in records))):
+        found.setdefault(shard_id, []).append(work)
+    return {shard_id: works for shard_id, works in found.items() if len(works) > 1}
+
+
+def _preferred(
+    several: Mapping[str, Sequence[str]], latest: Snapshot | None, wanted: Mapping[str, str]
+) -> dict[str, str]:
+    """Return which commit counts, of the shards where it is known without reading them."""
+    preferred: dict[str, str] = {}
+    for shard_id, works in several.items():
+        before = latest.choices.get(shard_id, ()) if latest is not None else ()
+        if shard_id in wanted and wanted[shard_id] in works:
+            preferred[shard_id] = wanted[shard_id]
+        elif sorted(before) == works:
+            preferred[shard_id] = before[0]
+    return preferred
+
+
+def _is_still_so(latest: Snapshot, records: Sequence[Entry], preferred: Mapping[str, str]) -> bool:
+    """Return whether the latest snapshot is known to cover the records without reading them."""
+    chosen = {shard_id: works[0] for shard_id, works in latest.choices.items()}
+    return latest.records == _listing(records) and chosen == preferred
+
+
+def _choices(
+    several: Mapping[str, Sequence[str]], current: Sequence[Commit]
+) -> dict[str, tuple[str, ...]]:
+    works = {c.shard_id: c.work_fingerprint for c in current if c.shard_id in several}
+    return {
+        shard_id: (works[shard_id], *(work for work in known if work != works[shard_id]))
+        for shard_id, known in several.items()
+    }
 
 
 def _work(commits: Sequence[Commit]) -> str:
@@ -156,13 +223,12 @@ def _index_table(
     numbers = {path: number for number, path in enumerate(files["path"].to_pylist())}
     schema = layout.INDEX_SCHEMA.append(pa.field("file", pa.int32(), nullable=False))
     tables = [schema.empty_table()]
-    for commit in commits:
+    indexed = [(commit, f.path) for commit in commits for f in commit.files if f.kind == "index"]
+    found = in_order(lambda path: _read_index(store, path), [path for _, path in indexed])
+    for (commit, _), rows in zip(indexed, found, strict=True):
         parts = [numbers[f.path] for f in commit.files if f.kind == "part"]
-        for f in commit.files:
-            if f.kind == "index":
-                rows = pq.read_table(io.BytesIO(store.read(f.path)), schema=layout.INDEX_SCHEMA)
-                file_of_row = pc.take(pa.array(parts, pa.int32()), rows["part"])
-                tables.append(rows.append_column(schema.field("file"), file_of_row))
+        file_of_row = pc.take(pa.array(parts, pa.int32()), rows["part"])
+        tables.append(rows.append_column(schema.field("file"), file_of_row))
     # Within equal keys the lower file number, that is the earlier shard, comes first.
     index = pa.concat_tables(tables).sort_by([("key", "ascending"), ("file", "ascending")])
     if index.num_rows < 2:
@@ -174,6 +240,11 @@ def _index_table(
     shards = pc.take(files["shard"], left_out["file"]).to_pylist()
     duplicates = list(zip(left_out["key"].to_pylist(), shards, strict=True))
     return index.filter(pc.invert(repeats)), duplicates
+
+
+def _read_index(store: Store, path: str) -> pa.Table:
+    content = io.BytesIO(store.read(path))
+    return pq.read_table(content, schema=layout.INDEX_SCHEMA, use_threads=False)
 
 
 def _chunks(array: pa.Array | pa.ChunkedArray) -> list[pa.Array]:

@@ -2,7 +2,9 @@
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,10 +75,18 @@ def make_commit(writer: ShardWriter, *, committed_at: float | None = None) -> Co
     )
 
 
-def commit_rows(store: Store, shard_id: str, rows: Sequence[RowToWrite], **options: int) -> Commit:
+def commit_rows(
+    store: Store,
+    shard_id: str,
+    rows: Sequence[RowToWrite],
+    *,
+    commit: Mapping[str, Any] | None = None,
+    **options: int,
+) -> Commit:
+    """Write and commit rows; `commit` replaces fields of the record, `options` of the writer."""
     writer = make_writer(store, shard_id, **options)
     with writer:
         for row in rows:
             writer.write(row)
         writer.finish([])
-    return try_commit(store, make_commit(writer))
+    return try_commit(store, replace(make_commit(writer), **(commit or {})))

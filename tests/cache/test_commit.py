@@ -63,7 +63,19 @@ def test_the_newest_commit_of_a_changed_shard_counts(store: Store) -> None:
     old = commit_rows(store, "s", [make_row("a")])
     new = replace(old, work_fingerprint="0" * 16, committed_at=old.committed_at + 1)
 
-    assert commits.current_commits([new, old]) == [new]
+    assert commits.select_current([new, old]) == [new]
+    assert commits.select_current([old, new]) == [new]
+
+
+def test_the_wanted_commit_of_a_shard_counts_and_of_others_the_newest(store: Store) -> None:
+    old = commit_rows(store, "s", [make_row("a")])
+    new = replace(old, work_fingerprint="0" * 16, committed_at=old.committed_at + 1)
+    others = [replace(c, shard_id="t") for c in (old, new)]
+
+    chosen = commits.select_current([*others, old, new], {"s": old.work_fingerprint, "u": "x"})
+
+    assert chosen == [old, others[1]]
+    assert commits.select_current([old, new], {"s": "no such record"}) == [new]
 
 
 def test_a_claimed_cache_refuses_other_settings_and_names_the_difference(store: Store) -> None:

@@ -1,5 +1,6 @@
 """A snapshot is a sorted view of all commits, immutable, and made only when something is new."""
 
+import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +14,7 @@ from pipeline.cache.snapshot import Snapshot, build_snapshot, latest_snapshot
 from pipeline.cache.verify import find_damage
 from pipeline.errors import CacheFormatError, KeyNotFoundError
 from pipeline.storage import Store, open_store
+from tests.cache.counting import CountingStore
 from tests.cache.rows import commit_rows, make_row
 
 
@@ -162,6 +164,126 @@ def test_commits_made_while_the_latest_snapshot_is_looked_up_are_not_hidden(
 
     reader = SnapshotReader(store=store, snapshot=look_up(store))
     assert "k9" in list(reader.keys())
+
+
+def test_records_and_indexes_are_read_at_once_and_give_what_reading_in_turn_gives(
+    tmp_path: Path,
+) -> None:
+    url = f"memory://at-once-{tmp_path.name}"
+    store = CountingStore(url, pause_s=0.01)
+    for i in range(20):
+        commit_rows(store, f"s{i:02d}", [make_row(f"k{i}", num_tokens=2)])
+
+    snapshot = build_snapshot(store)
+
+    assert store.reads == {"commits": 20, "data": 20}
+    assert store.most_at_once > 10
+    shards = [r["shard"] for r in SnapshotReader(store=store, snapshot=snapshot).file_records()]
+    assert shards == [f"s{i:02d}" for i in range(20)]
+
+
+def test_where_nothing_is_new_the_listing_tells_and_no_record_is_read(tmp_path: Path) -> None:
+    store = CountingStore(str(tmp_path))
+    fill(store)
+    first = build_snapshot(store)
+    store.reads.clear()
+
+    assert build_snapshot(store) == first
+    assert store.reads == {"snapshots": 1}
+
+
+def test_work_done_again_after_its_record_was_removed_is_new(store: Store) -> None:
+    fill(store)
+    first = build_snapshot(store)
+    store.delete(layout.commit_path("s1", "f" * 16))
+
+    again = commit_rows(store, "s1", [make_row("k2", seed=2)])
+
+    second = build_snapshot(store)
+    assert second.number == first.number + 1
+    paths = {r["path"] for r in SnapshotReader(store=store, snapshot=second).file_records()}
+    assert again.files[0].path in paths
+
+
+def test_a_snapshot_without_what_was_added_since_counts_as_the_latest(store: Store) -> None:
+    fill(store)
+    first = build_snapshot(store)
+    path = layout.snapshot_path(0, "snapshot.json")
+    record = json.loads(store.read(path))
+    for added in ("records", "choices"):
+        record.pop(added)
+    store.put(path, layout.dump_json(record))
+
+    assert build_snapshot(store).index == first.index
+
+
+def test_a_key_of_snapshot_json_that_is_not_known_is_passed_over(store: Store) -> None:
+    fill(store)
+    first = build_snapshot(store)
+    path = layout.snapshot_path(0, "snapshot.json")
+    store.put(path, layout.dump_json({**json.loads(store.read(path)), "of a later version": 1}))
+
+    assert latest_snapshot(store) == first
+
+
+def both_versions(store: Store, *, newest: str = "v2") -> None:
+    """Commit shard "s" with two contents of its input, and a shard beside it."""
+    commit_rows(store, "other", [make_row("o")])
+    for version in ("v1", "v2"):
+        commit_rows(
+            store,
+            "s",
+            [make_row(version)],
+            commit={"work_fingerprint": version, "committed_at": 2.0 if version == newest else 1.0},
+        )
+
+
+def keys_of(store: Store, snapshot: Snapshot) -> list[str]:
+    return list(SnapshotReader(store=store, snapshot=snapshot).keys())
+
+
+def test_the_work_that_the_run_wants_counts_although_another_is_newer(store: Store) -> None:
+    both_versions(store)
+    assert keys_of(store, build_snapshot(store)) == ["o", "v2"]
+
+    rolled_back = build_snapshot(store, wanted={"s": "v1"})
+
+    assert keys_of(store, rolled_back) == ["o", "v1"]
+    assert rolled_back.number == 1
+    assert build_snapshot(store, wanted={"s": "v1", "other": "f" * 16}) == rolled_back
+    assert keys_of(store, build_snapshot(store, wanted={"s": "v2"})) == ["o", "v2"]
+
+
+@pytest.mark.parametrize("wanted", [None, {}, {"s": "v3"}, {"other": "f" * 16}])
+def test_a_choice_stands_until_the_shard_is_committed_again(
+    store: Store, wanted: dict[str, str] | None
+) -> None:
+    both_versions(store)
+    chosen = build_snapshot(store, wanted={"s": "v1"})
+    assert build_snapshot(store, wanted=wanted) == chosen
+
+    commit_rows(store, "later", [make_row("x")])
+
+    assert keys_of(store, build_snapshot(store, wanted=wanted)) == ["o", "v1", "x"]
+
+    third = {"work_fingerprint": "v3", "committed_at": 3.0}
+    commit_rows(store, "s", [make_row("v3")], commit=third)
+    assert keys_of(store, build_snapshot(store, wanted=wanted)) == ["o", "v3", "x"]
+
+
+def test_a_choice_that_is_also_the_newest_is_remembered(store: Store) -> None:
+    both_versions(store, newest="v1")
+    first = build_snapshot(store)
+    assert keys_of(store, first) == ["o", "v1"]
+
+    assert build_snapshot(store, wanted={"s": "v1"}) == first
+    assert latest_snapshot(store).choices == {"s": ("v1", "v2")}
+
+
+def test_a_wanted_work_without_a_record_leaves_the_newest(store: Store) -> None:
+    both_versions(store)
+
+    assert keys_of(store, build_snapshot(store, wanted={"s": "v9", "unknown": "v1"})) == ["o", "v2"]
 
 
 def test_verify_finds_a_flipped_byte_and_a_missing_part(store: Store) -> None:
