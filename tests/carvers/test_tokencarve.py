@@ -1,15 +1,17 @@
 import dataclasses
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from threadpoolctl import threadpool_info
 from torch.testing import assert_close
 
 from pipeline import carvers
-from pipeline.carvers.tokencarve import contributions
+from pipeline.carvers.tokencarve import contributions, contributions_batched
 from pipeline.errors import ConfigError, MissingSignalError, NonFiniteError
 from pipeline.types import CarvedTokens, VisualTokens
 from tests.carvers.inputs import make_tokens
@@ -56,7 +58,9 @@ def test_it_equals_the_published_code(case):
 def test_contributions_equal_those_of_the_published_code(case):
     stored, tokens, _ = golden(case)
 
-    assert_close(contributions(tokens.features)[0], stored["contributions"], rtol=1e-4, atol=1e-5)
+    for compute in (contributions, contributions_batched):
+        scores = compute(tokens.features)[0]
+        assert_close(scores, stored["contributions"], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", CASES[:6], ids=lambda case: case["name"])
@@ -152,10 +156,44 @@ def test_contributions_equal_their_definition_for_any_shape(num_tokens, width):
     matrix = make_tokens([], grid=(1, num_tokens), width=width).features
     left, singular, _ = torch.linalg.svd(matrix.double(), full_matrices=False)
 
-    scores = contributions(matrix)
+    scores = contributions(matrix), contributions_batched(matrix)
 
     expected = (left * singular[:, None, :]).abs().sum(dim=2).float()
-    assert_close(scores, expected, rtol=1e-5, atol=1e-5)
+    assert_close(scores, (expected, expected), rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads that torch may use."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("shape", [(5, 96, 200), (5, 96, 40)])
+def test_contributions_do_not_depend_on_batch_mates_threads_or_layout(threads, shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    transposed = matrix.mT.contiguous().mT
+    threads(1)
+    alone = torch.cat([contributions(matrix[i : i + 1]) for i in range(len(matrix))])
+    threads(3)
+
+    assert torch.equal(contributions(matrix), alone)
+    assert torch.equal(contributions(transposed), alone)
+    assert contributions(matrix[:0]).shape == (0, 96)
+
+
+def test_contributions_of_many_callers_at_once_are_right_and_leave_the_blas_threads_alone(threads):
+    matrix = torch.randn(3, 96, 200, generator=torch.Generator().manual_seed(1))
+    threads(2)
+    expected = contributions(matrix)
+    before = threadpool_info()
+
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(contributions, [matrix] * 12))
+
+    assert all(torch.equal(result, expected) for result in results)
+    assert threadpool_info() == before
 
 
 @pytest.mark.parametrize("rank", [1, 2, 5])
