@@ -205,17 +205,19 @@ class CarvedDataset(IterableDataset[PackedRow]):
     def _read(self, places: Sequence[RowPlace]) -> Iterator[PackedRow]:
         """Fetch rows of one row group: as a whole, or by ranges where that is far less."""
         reader = self.cache.reader
-        part = reader.part(places[0].path)
-        group = part.metadata.row_group(places[0].row_group)
+        path, row_group = places[0].path, places[0].row_group
         wanted = sum(self._num_bytes(place) for place in places)
-        by_range = 2 * wanted < group.total_byte_size and not self.columns
-        if by_range:
+        names = ["tokens", "aux", *self.columns]
+        table = None
+        with reader.part(path) as part:
+            size = part.metadata.row_group(row_group).total_byte_size
+            if self.columns or 2 * wanted >= size:
+                table = part.read_row_group(row_group, columns=names)
+        if table is None:
             stored = reader.read_many(places, self.cache.keep_tokens)
             for place, tokens in zip(places, stored, strict=True):
                 yield PackedRow(place=place, stored=tokens)
             return
-        names = ["tokens", "aux", *self.columns]
-        table = part.read_row_group(places[0].row_group, columns=names)
         for place in places:
             values = {name: table[name][place.row] for name in names}
             tokens = row_bytes.unpack_row(

@@ -4,6 +4,7 @@ import bisect
 import io
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -12,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.cache import row
+from pipeline.cache.open_parts import OpenParts
 from pipeline.cache.row import StoredTokens
 from pipeline.cache.snapshot import Snapshot
 from pipeline.errors import KeyNotFoundError
@@ -46,12 +48,15 @@ class SnapshotReader:
     snapshot: Snapshot
     tables: tuple[pa.Table, pa.Table] | None = field(default=None, repr=False)
     """Files and index of a snapshot that is not stored; else they are read when first needed."""
-    _parts: dict[str, pq.ParquetFile] = field(default_factory=dict, init=False, repr=False)
+    _parts: OpenParts = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._parts = OpenParts(self.store)
 
     def __getstate__(self) -> dict[str, Any]:
         """Travel to another process without open files and what can be read again."""
         kept = {"store": self.store, "snapshot": self.snapshot, "tables": self.tables}
-        return {**kept, "_parts": {}}
+        return {**kept, "_parts": self._parts}
 
     def file_records(self) -> list[dict[str, Any]]:
         """Return path, size, sha256, rows and shard of every part, by file number."""
@@ -138,7 +143,8 @@ class SnapshotReader:
 
     def read_columns(self, place: RowPlace, columns: Sequence[str]) -> dict[str, Any]:
         """Return other columns of one row."""
-        table = self.part(place.path).read_row_group(place.row_group, columns=list(columns))
+        with self.part(place.path) as part:
+            table = part.read_row_group(place.row_group, columns=list(columns))
         return dict(table.slice(place.row, 1).to_pylist()[0])
 
     def scan(self, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
@@ -153,17 +159,13 @@ class SnapshotReader:
         self, path: str, columns: Sequence[str] | None = None
     ) -> Iterator[pa.RecordBatch]:
         """Yield the row groups of one part."""
-        part = self.part(path)
-        for group in range(part.num_row_groups):
-            yield from part.read_row_group(group, columns=columns).to_batches()
+        with self.part(path) as part:
+            for group in range(part.num_row_groups):
+                yield from part.read_row_group(group, columns=columns).to_batches()
 
-    def part(self, path: str) -> pq.ParquetFile:
-        """Return an open part; its footer is read once."""
-        if path not in self._parts:
-            local = self.store.local_path(path)
-            source = local if local is not None else self.store.open_read(path)
-            self._parts[path] = pq.ParquetFile(source, memory_map=local is not None)
-        return self._parts[path]
+    def part(self, path: str) -> AbstractContextManager[pq.ParquetFile]:
+        """Give an open part for a block; the 16 used last stay open, their footers read once."""
+        return self._parts.use(path)
 
     def _search(self, key: str) -> int | None:
         keys = self._keys
