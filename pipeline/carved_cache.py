@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -53,8 +53,7 @@ def open_cache(
         CacheFormatError: there is no cache, or it is of a newer format.
         ValueError: `keep_tokens` is below 1.
     """
-    if keep_tokens is not None and keep_tokens < 1:
-        raise ValueError(f"keep_tokens={keep_tokens}: must be at least 1, or None for all")
+    _check_keep_tokens(keep_tokens)
     store = open_store(url)
     identity = commit.read_identity(store)
     if snapshot_number is not None:
@@ -66,15 +65,8 @@ def open_cache(
     else:
         found, files, index = snapshot.collect_snapshot(store)
         reader = SnapshotReader(store=store, snapshot=found, tables=(files, index))
-    if keep_tokens is not None and not identity["nested"]:
-        logger.warning(
-            "%s: carver %s is not nested; its best %d tokens are not what carving to %d would give",
-            url,
-            identity["settings"]["carver"]["name"],
-            keep_tokens,
-            keep_tokens,
-        )
-    return CarvedCache(reader=reader, identity=identity, keep_tokens=keep_tokens)
+    cache = CarvedCache(reader=reader, identity=identity)
+    return cache if keep_tokens is None else cache.keeping(keep_tokens)
 
 
 @dataclass(kw_only=True)
@@ -84,6 +76,28 @@ class CarvedCache:
     reader: SnapshotReader
     identity: Mapping[str, Any]
     keep_tokens: int | None = None
+    _warned: bool = field(default=False, repr=False)
+
+    def keeping(self, keep_tokens: int) -> "CarvedCache":
+        """Return this cache with at most so many tokens an image, the most important ones.
+
+        Says once for each opened cache if that is an approximation.
+
+        Raises:
+            ValueError: `keep_tokens` is below 1.
+        """
+        _check_keep_tokens(keep_tokens)
+        if not self.identity["nested"] and not self._warned:
+            logger.warning(
+                "%s: carver %s is not nested; its best %d tokens are not what carving to %d would "
+                "give",
+                self.reader.store.url,
+                self.identity["settings"]["carver"]["name"],
+                keep_tokens,
+                keep_tokens,
+            )
+            self._warned = True
+        return replace(self, keep_tokens=keep_tokens)
 
     @cached_property
     def codec(self) -> Codec:
@@ -128,28 +142,7 @@ class CarvedCache:
         """Return several images, unpacked together on `device`."""
         places = [self.reader.find(key) for key in keys]
         stored = self.reader.read_many(places, self.keep_tokens)
-        return self.unpack(places, stored, device=device, dtype=dtype)
-
-    def unpack(
-        self,
-        places: Sequence[RowPlace],
-        stored: Sequence[StoredTokens],
-        *,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-    ) -> list[CachedImage]:
-        """Turn stored rows into images; the codes travel to the device, not the floats."""
-        if not stored:
-            return []
-        packed = [
-            PackedTokens(tokens=s.tokens, aux=s.codec_aux, num_tokens=s.num_tokens) for s in stored
-        ]
-        features = self.codec.unpack(packed, device=device, dtype=dtype)
-        pieces = torch.split(features, [s.num_tokens for s in stored])
-        return [
-            _in_position_order(place, s, piece)
-            for place, s, piece in zip(places, stored, pieces, strict=True)
-        ]
+        return unpack_images(self.codec, places, stored, device=device, dtype=dtype)
 
     def columns(self, key: str, columns: Sequence[str]) -> dict[str, Any]:
         """Return other columns of one image, the user's own among them."""
@@ -164,9 +157,44 @@ class CarvedCache:
         return self.reader.scan(columns)
 
 
+def unpack_images(
+    codec: Codec,
+    places: Sequence[RowPlace],
+    stored: Sequence[StoredTokens],
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> list[CachedImage]:
+    """Turn stored rows into images; the codes travel to the device, not the floats.
+
+    Args:
+        codec: they were packed with.
+        places: of the rows.
+        stored: their tokens, in the same order.
+        device: where the features are wanted.
+        dtype: of the features.
+    """
+    if not stored:
+        return []
+    packed = [
+        PackedTokens(tokens=s.tokens, aux=s.codec_aux, num_tokens=s.num_tokens) for s in stored
+    ]
+    features = codec.unpack(packed, device=device, dtype=dtype)
+    pieces = torch.split(features, [s.num_tokens for s in stored])
+    return [
+        _in_position_order(place, s, piece)
+        for place, s, piece in zip(places, stored, pieces, strict=True)
+    ]
+
+
 def read_part_metadata(schema: pa.Schema) -> dict[str, Any]:
     """Return what a part says about itself: enough to decode it without the rest of the cache."""
     return dict(json.loads(schema.metadata[layout.METADATA_KEY]))
+
+
+def _check_keep_tokens(keep_tokens: int | None) -> None:
+    if keep_tokens is not None and keep_tokens < 1:
+        raise ValueError(f"keep_tokens={keep_tokens}: must be at least 1, or None for all")
 
 
 def _in_position_order(place: RowPlace, stored: StoredTokens, features: Tensor) -> CachedImage:

@@ -10,7 +10,7 @@ Worker processes only fetch and check bytes. The codes travel, and `Batch.padded
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 from pipeline.cache import row as row_bytes
 from pipeline.cache.reader import RowPlace
 from pipeline.cache.row import StoredTokens
-from pipeline.carved_cache import CachedImage, CarvedCache
+from pipeline.carved_cache import CachedImage, CarvedCache, unpack_images
+from pipeline.codecs import Codec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,9 +62,9 @@ class RaggedTokens:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Rows put together by `CarvedDataset.collate`."""
+    """Rows put together by `CarvedDataset.collate`, with what it takes to unpack them."""
 
-    cache: CarvedCache
+    codec: Codec
     rows: Sequence[PackedRow]
 
     @property
@@ -82,7 +83,7 @@ class Batch:
         """Unpack on `device`, one `CachedImage` each."""
         places = [r.place for r in self.rows]
         stored = [r.stored for r in self.rows]
-        return self.cache.unpack(places, stored, device=device, dtype=dtype)
+        return unpack_images(self.codec, places, stored, device=device, dtype=dtype)
 
     def packed(
         self, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
@@ -143,9 +144,7 @@ class CarvedDataset(IterableDataset[PackedRow]):
         columns: Sequence[str] = (),
     ) -> None:
         super().__init__()
-        if keep_tokens is not None and keep_tokens < 1:
-            raise ValueError(f"keep_tokens={keep_tokens}: must be at least 1, or None for all")
-        self.cache = cache if keep_tokens is None else replace(cache, keep_tokens=keep_tokens)
+        self.cache = cache if keep_tokens is None else cache.keeping(keep_tokens)
         self.shuffle = shuffle
         self.seed = seed
         self.columns = tuple(columns)
@@ -164,7 +163,7 @@ class CarvedDataset(IterableDataset[PackedRow]):
 
     def collate(self, rows: Sequence[PackedRow]) -> Batch:
         """Put rows together; give it to a DataLoader as `collate_fn`."""
-        return Batch(cache=self.cache, rows=list(rows))
+        return Batch(codec=self.cache.codec, rows=list(rows))
 
     def order(self) -> NDArray[np.int64]:
         """Return the rows of this epoch over all ranks, as numbers by key; (number of rows,)."""

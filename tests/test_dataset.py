@@ -1,5 +1,7 @@
 """The torch dataset: every row once, in a seeded order, as packed or padded batches."""
 
+import itertools
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -174,3 +176,75 @@ def test_impossible_options_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=problem):
         CarvedDataset(cache, **options)
+
+
+@pytest.mark.parametrize("with_snapshot", [True, False])
+def test_a_batch_carries_its_rows_alone_however_large_the_cache(
+    tmp_path: Path, with_snapshot: bool
+) -> None:
+    sizes = []
+    for num_rows in (3, 300):
+        store = open_store(str(tmp_path / f"{num_rows:03d}"))
+        claim_identity(store, IDENTITY)
+        rows = [make_row(f"k{i:03d}", seed=i, num_tokens=2, text="t") for i in range(num_rows)]
+        commit_rows(store, "a", rows)
+        if with_snapshot:
+            build_snapshot(store)
+        dataset = CarvedDataset(open_cache(store.url), columns=["txt"])
+        batch = dataset.collate(list(itertools.islice(dataset, 2)))
+        sizes.append(len(pickle.dumps(batch)))
+
+        arrived = pickle.loads(pickle.dumps(batch))
+
+        assert arrived.keys == ["k000", "k001"]
+        assert arrived.columns == {"txt": ["t", "t"]}
+        assert torch.equal(arrived.padded().features, batch.padded().features)
+
+    assert sizes[1] < sizes[0] + 16  # places further into a file take a few more bytes
+    assert sizes[1] < 2000
+
+
+def not_nested(folder: Path) -> str:
+    store = open_store(str(folder))
+    claim_identity(store, {**IDENTITY, "nested": False})
+    commit_rows(store, "a", [make_row("x")])
+    return store.url
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [r.getMessage() for r in caplog.records if "is not nested" in r.getMessage()]
+
+
+def test_fewer_tokens_of_a_carver_that_is_not_nested_are_called_an_approximation_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = open_cache(not_nested(tmp_path))
+    CarvedDataset(cache)
+    assert warnings_of(caplog) == []
+
+    smaller = CarvedDataset(cache, keep_tokens=5)
+    CarvedDataset(cache, keep_tokens=3)
+    CarvedDataset(smaller.cache, keep_tokens=2)
+
+    (message,) = warnings_of(caplog)
+    assert "best 5 tokens are not what carving to 5 would give" in message
+
+
+def test_a_cache_opened_with_fewer_tokens_says_so_and_its_dataset_does_not_repeat_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    url = not_nested(tmp_path)
+
+    CarvedDataset(open_cache(url, keep_tokens=5), keep_tokens=4)
+    assert len(warnings_of(caplog)) == 1
+
+    open_cache(url, keep_tokens=5)
+    assert len(warnings_of(caplog)) == 2
+
+
+def test_fewer_tokens_of_a_nested_carver_need_no_warning(
+    cache: CarvedCache, caplog: pytest.LogCaptureFixture
+) -> None:
+    CarvedDataset(cache, keep_tokens=5)
+
+    assert warnings_of(caplog) == []
