@@ -14,6 +14,7 @@ class CountingStore(Store):
         super().__init__(url)
         self.pause_s = pause_s
         self.reads: Counter[str] = Counter()
+        self.ranges = 0
         self.most_at_once = 0
         self._at_once = 0
         self._lock = threading.Lock()
@@ -29,3 +30,8 @@ class CountingStore(Store):
         finally:
             with self._lock:
                 self._at_once -= 1
+
+    def read_range(self, path: str, offset: int, length: int) -> bytes:
+        with self._lock:
+            self.ranges += 1
+        return super().read_range(path, offset, length)

@@ -11,7 +11,6 @@ from pipeline.cache import layout
 from pipeline.cache import snapshot as snapshots
 from pipeline.cache.reader import SnapshotReader
 from pipeline.cache.snapshot import Snapshot, build_snapshot, latest_snapshot
-from pipeline.cache.verify import find_damage
 from pipeline.errors import CacheFormatError, KeyNotFoundError
 from pipeline.storage import Store, open_store
 from tests.cache.counting import CountingStore
@@ -284,20 +283,3 @@ def test_a_wanted_work_without_a_record_leaves_the_newest(store: Store) -> None:
     both_versions(store)
 
     assert keys_of(store, build_snapshot(store, wanted={"s": "v9", "unknown": "v1"})) == ["o", "v2"]
-
-
-def test_verify_finds_a_flipped_byte_and_a_missing_part(store: Store) -> None:
-    fill(store)
-    reader = SnapshotReader(store=store, snapshot=build_snapshot(store))
-    assert list(find_damage(reader)) == []
-    place = reader.find("k3")
-    content = bytearray(store.read(place.path))
-    content[place.tokens_offset + 5] ^= 1
-    store.put(place.path, bytes(content))
-    store.delete(reader.find("k2").path)
-
-    damage = list(find_damage(SnapshotReader(store=store, snapshot=reader.snapshot)))
-
-    assert any("sha256" in line for line in damage)
-    assert any("missing" in line for line in damage)
-    assert any("'k3'" in line and "checksum" in line for line in damage)
