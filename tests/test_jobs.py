@@ -102,6 +102,27 @@ def test_the_command_takes_input_output_and_settings_and_reports_failures(
     assert open_cache(str(tmp_path / "there")).identity["settings"]["codec"]["name"] == "bf16"
 
 
+def test_sigterm_ends_the_script_with_75_and_the_same_command_resumes(
+    tmp_path: Path, config: Path
+) -> None:
+    write_corpus(tmp_path / "in", num_shards=60, num_images=40)
+    command = [sys.executable, "jobs/carve_dataset.py", "--config", str(config)]
+
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as script:
+        while not any((tmp_path / "cache" / "commits").glob("*.json")):
+            assert script.poll() is None
+            time.sleep(0.05)
+        script.send_signal(signal.SIGTERM)
+        _, log = script.communicate(timeout=60)
+    again = start(*command)
+
+    assert script.returncode == 75, log
+    assert "SIGTERM: stopping; the same command resumes" in log
+    assert again.returncode == 0, again.stderr
+    assert " 0 done before" not in again.stdout
+    assert len(open_cache(str(tmp_path / "cache"))) == 2400
+
+
 @contextlib.contextmanager
 def head_node(folder: Path) -> Iterator[tuple[str, str]]:
     """Start a Ray head with two pretended GPUs; yield the addresses of cluster and dashboard."""

@@ -48,7 +48,8 @@ def run_job(job: Job) -> RunReport:
             plan.todo_bytes / 1e6,
         )
         if plan.todo:
-            with connected():
+            # Connecting, Ray takes the signals for itself: here they are taken back.
+            with connected(), stop_on_signals(stopping):
                 Driver(job=job, todo=plan.todo, report=report, stopping=stopping).run()
             _check_visible(job, store, plan, report)
             # Before the snapshot too: after a signal there may be little time left.
