@@ -7,7 +7,8 @@ import shutil
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, BinaryIO, cast
+from io import BufferedIOBase
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -58,19 +59,19 @@ def _indexed_rows(reader: SnapshotReader, num_files: int) -> Iterator[list[dict[
         yield index.take(pa.array(order[start:stop])).to_pylist()
 
 
-def _open_here(store: Store, path: str) -> BinaryIO:
+def _open_here(store: Store, path: str) -> BufferedIOBase:
     """Open an object as a file of this machine; a remote one is copied, and the copy nameless."""
     source = store.open_read(path)
     if store.local_path(path) is not None:
-        return source
+        return cast("BufferedIOBase", source)
     with source:
-        copy = cast("BinaryIO", tempfile.TemporaryFile())  # noqa: SIM115  (the caller closes it)
+        copy = cast("BufferedIOBase", tempfile.TemporaryFile())  # noqa: SIM115  (the caller closes it)
         shutil.copyfileobj(source, copy, _CHUNK)
     copy.seek(0)
     return copy
 
 
-def _check_part(file: BinaryIO, rows: Sequence[Mapping[str, Any]], where: str) -> Iterator[str]:
+def _check_part(file: BufferedIOBase, rows: Sequence[Mapping[str, Any]], where: str) -> Iterator[str]:
     """Check the rows of a part that has its sha256."""
     places = defaultdict(list)
     for place in rows:
@@ -108,7 +109,7 @@ def _check_row(values: Mapping[str, Any], where: str) -> Iterator[str]:
 
 
 def _check_index(
-    file: BinaryIO, place: Mapping[str, Any], values: Mapping[str, Any], where: str
+    file: BufferedIOBase, place: Mapping[str, Any], values: Mapping[str, Any], where: str
 ) -> Iterator[str]:
     for name in _IN_BOTH:
         if place[name] != values[name]:
@@ -118,7 +119,7 @@ def _check_index(
             yield f"{where}: the index does not point at its {name}"
 
 
-def _check_places(file: BinaryIO, rows: Sequence[Mapping[str, Any]], where: str) -> Iterator[str]:
+def _check_places(file: BufferedIOBase, rows: Sequence[Mapping[str, Any]], where: str) -> Iterator[str]:
     """Try the bytes of a damaged part where the index says that rows are."""
     for place in rows:
         try:
@@ -132,7 +133,7 @@ def _check_places(file: BinaryIO, rows: Sequence[Mapping[str, Any]], where: str)
             yield str(err)
 
 
-def _bytes_at(file: BinaryIO, place: Mapping[str, Any], name: str) -> bytes:
+def _bytes_at(file: BufferedIOBase, place: Mapping[str, Any], name: str) -> bytes:
     """Return what lies at an indexed place, or less where the file ends before."""
     offset = place[f"{name}_offset"]
     length = min(place[f"{name}_length"], os.fstat(file.fileno()).st_size - offset)
