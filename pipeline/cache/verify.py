@@ -65,13 +65,15 @@ def _open_here(store: Store, path: str) -> BufferedIOBase:
     if store.local_path(path) is not None:
         return cast("BufferedIOBase", source)
     with source:
-        copy = cast("BufferedIOBase", tempfile.TemporaryFile())  # noqa: SIM115  (the caller closes it)
+        copy = cast("BufferedIOBase", tempfile.TemporaryFile())  # noqa: SIM115
         shutil.copyfileobj(source, copy, _CHUNK)
     copy.seek(0)
     return copy
 
 
-def _check_part(file: BufferedIOBase, rows: Sequence[Mapping[str, Any]], where: str) -> Iterator[str]:
+def _check_part(
+    file: BufferedIOBase, rows: Sequence[Mapping[str, Any]], where: str
+) -> Iterator[str]:
     """Check the rows of a part that has its sha256."""
     places = defaultdict(list)
     for place in rows:
@@ -119,7 +121,9 @@ def _check_index(
             yield f"{where}: the index does not point at its {name}"
 
 
-def _check_places(file: BufferedIOBase, rows: Sequence[Mapping[str, Any]], where: str) -> Iterator[str]:
+def _check_places(
+    file: BufferedIOBase, rows: Sequence[Mapping[str, Any]], where: str
+) -> Iterator[str]:
     """Try the bytes of a damaged part where the index says that rows are."""
     for place in rows:
         try:
