@@ -58,7 +58,11 @@ def inverse(order_BN: Tensor) -> Tensor:
 
 def take_rows(features_BMD: Tensor, rows_BK: Tensor) -> Tensor:
     """Return the (B, K, D) rows named for each image."""
-    return features_BMD.gather(1, rows_BK[:, :, None].expand(-1, -1, features_BMD.shape[2]))
+    num_images, num_rows, width = features_BMD.shape
+    starts_B1 = torch.arange(num_images, device=rows_BK.device)[:, None] * num_rows
+    # Whole rows are copied; `gather` would look up every value.
+    taken = features_BMD.flatten(0, 1).index_select(0, (rows_BK + starts_B1).flatten())
+    return taken.view(*rows_BK.shape, width)
 
 
 def keep(features_BND: Tensor, order_BK: Tensor) -> list[CarvedTokens]:
@@ -109,16 +113,18 @@ def group_mean(features_BMD: Tensor, owners_BM: Tensor, num_groups: int) -> tupl
         (B, G, D) means in the dtype of the features, and (B, G) float32 rows per group.
     """
     num_images, _, width = features_BMD.shape
-    owners_BM, rows_BM = owners_BM.sort(dim=1, stable=True)
     ones_BM = torch.ones_like(owners_BM)
     sizes_BG = ones_BM.new_zeros(num_images, num_groups).scatter_add_(1, owners_BM, ones_BM)
-    # Segments are summed in order; adding at indices would depend on thread timing on a GPU.
-    means = torch.segment_reduce(
-        take_rows(features_BMD, rows_BM).flatten(0, 1).float(),
-        "mean",
-        lengths=sizes_BG.flatten(),
-        axis=0,
-    )
+    if features_BMD.device.type == "cpu":
+        starts_B1 = torch.arange(num_images)[:, None] * num_groups
+        sums = torch.zeros(num_images * num_groups, width)
+        sums.index_add_(0, (owners_BM + starts_B1).flatten(), features_BMD.flatten(0, 1).float())
+        means = sums.div_(sizes_BG.view(-1, 1))
+    else:
+        # Sums in order as well; adding at indices would depend on thread timing on a GPU.
+        rows_BM = owners_BM.argsort(dim=1, stable=True)
+        sorted_rows = take_rows(features_BMD, rows_BM).flatten(0, 1).float()
+        means = torch.segment_reduce(sorted_rows, "mean", lengths=sizes_BG.flatten(), axis=0)
     return means.view(num_images, num_groups, width).to(features_BMD.dtype), sizes_BG.float()
 
 
