@@ -1,9 +1,10 @@
 """What a run has to do: the shards of the input that no commit covers."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pipeline.cache.commit import list_committed
+from pipeline.cache import layout
+from pipeline.cache.commit import check_identity, list_committed
 from pipeline.job import Job
 from pipeline.source import expand_shards, shard_id
 from pipeline.storage import Store
@@ -16,6 +17,8 @@ class Plan:
 
     shards: Sequence[ShardRef]
     todo: Sequence[ShardRef]
+
+    works: Mapping[str, str]  # work fingerprint of every shard, by shard id
 
     @property
     def num_done(self) -> int:
@@ -32,9 +35,13 @@ def make_plan(job: Job, store: Store) -> Plan:
     """List the input once and the commits once, and compare. Changes nothing.
 
     Raises:
-        ConfigError: the input names no shard, or one that is not there.
+        ConfigError: the input names no shard, or one that is not there; or the output holds a
+            cache made with other settings.
     """
+    if store.exists(layout.IDENTITY_PATH):
+        check_identity(store, job.identity)
     shards = expand_shards(job.config.input.shards)
     committed = list_committed(store)
-    todo = [s for s in shards if (shard_id(s), job.work_fingerprint(s)) not in committed]
-    return Plan(shards=shards, todo=todo)
+    works = {shard_id(s): job.work_fingerprint(s) for s in shards}
+    todo = [s for s in shards if (shard_id(s), works[shard_id(s)]) not in committed]
+    return Plan(shards=shards, todo=todo, works=works)

@@ -115,6 +115,9 @@ def test_an_output_of_another_run_is_refused_and_left_alone(tmp_path: Path, valu
     assert "made with other settings" in line
     assert "carver.name: 'uniform_grid' there, 'tokencarve' here" in line
     assert store.read("carve.json") == before
+    planned = CliRunner().invoke(app, ["plan", "--config", str(tmp_path / "run.yaml")])
+    assert planned.exit_code == ExitCode.CONFIG
+    assert "made with other settings" in planned.stderr
 
 
 @pytest.mark.parametrize("shards", ["nowhere/*.tar", "nowhere.tar", "missing-{0..3}.tar"])

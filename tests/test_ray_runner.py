@@ -18,7 +18,7 @@ from pipeline.job import Job, resolve_job
 from pipeline.ray_runner import run_job
 from pipeline.run_report import RunReport
 from pipeline.storage import open_store
-from tests.fakes import FakeEncoder, fake_config, write_corpus, write_tar
+from tests.fakes import FakeEncoder, encoded_image, fake_config, write_corpus, write_tar
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
@@ -56,8 +56,6 @@ class Harmful(FakeEncoder):
 
 
 def write_marked_corpus(folder: Path, *, num_shards: int) -> Path:
-    from tests.fakes import encoded_image
-
     write_corpus(folder, num_shards=num_shards, num_images=4)
     write_tar(folder / "shard-00001.tar", [("marked.jpg", encoded_image(0, size=(40, 33)))])
     return folder
@@ -108,6 +106,25 @@ def test_a_second_run_carves_only_what_is_new(tmp_path: Path) -> None:
     second = run(tmp_path)
 
     assert (second.num_committed, second.num_done_before) == (1, 4)
+
+
+def test_a_shard_put_back_to_its_earlier_content_counts_as_it_is(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "in", num_shards=1, num_images=2)
+    shard = corpus / "shard-00000.tar"
+    first, times = shard.read_bytes(), shard.stat()
+    job = make_job(tmp_path)
+    run_job(job)
+    write_tar(shard, [("changed.jpg", encoded_image(9))])
+    run_job(job)
+    changed = set(open_cache(str(tmp_path / "cache")).keys())
+
+    shard.write_bytes(first)
+    os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
+    back = run_job(job)
+
+    assert changed == {"changed"}
+    assert back.num_done_before == 1
+    assert set(open_cache(str(tmp_path / "cache")).keys()) == {"s0-i000", "s0-i001"}
 
 
 def test_the_shards_of_a_killed_actor_are_done_elsewhere(tmp_path: Path) -> None:
@@ -188,8 +205,6 @@ def test_other_settings_are_refused_before_anything_starts(tmp_path: Path) -> No
 
 
 def test_equal_keys_in_two_shards_are_reported(tmp_path: Path) -> None:
-    from tests.fakes import encoded_image
-
     for number in range(2):
         write_tar(tmp_path / "in" / f"{number}.tar", [("same.jpg", encoded_image(number))])
 

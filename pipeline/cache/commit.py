@@ -158,15 +158,25 @@ def claim_identity(store: Store, identity: Mapping[str, Any]) -> Mapping[str, An
     try:
         store.put_once(layout.IDENTITY_PATH, layout.dump_json(record))
     except AlreadyExistsError:
-        standing = read_identity(store)
-        if standing["fingerprint"] != identity["fingerprint"]:
-            differences = "; ".join(_differences(standing["settings"], identity["settings"]))
-            raise ConfigError(
-                f"{store.url} holds a cache made with other settings ({differences}): "
-                "choose another output, or the settings of that cache"
-            ) from None
-        return standing
+        return check_identity(store, identity)
     return record
+
+
+def check_identity(store: Store, identity: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return `carve.json` if it is of the same work.
+
+    Raises:
+        CacheFormatError: there is none, or it is of a version this package does not know.
+        ConfigError: the cache was made with other settings; names those that differ.
+    """
+    standing = read_identity(store)
+    if standing["fingerprint"] != identity["fingerprint"]:
+        differences = "; ".join(_differences(standing["settings"], identity["settings"]))
+        raise ConfigError(
+            f"{store.url} holds a cache made with other settings ({differences}): choose another "
+            "output, or the settings of that cache"
+        )
+    return standing
 
 
 def read_identity(store: Store) -> Mapping[str, Any]:

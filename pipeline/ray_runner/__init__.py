@@ -51,18 +51,18 @@ def run_job(job: Job) -> RunReport:
             # Connecting, Ray takes the signals for itself: here they are taken back.
             with connected(), stop_on_signals(stopping):
                 Driver(job=job, todo=plan.todo, report=report, stopping=stopping).run()
-            _check_visible(job, store, plan, report)
+            _check_visible(store, plan, report)
             # Before the snapshot too: after a signal there may be little time left.
             report.save(store)
-        _make_snapshot(store, report)
+        _make_snapshot(store, plan, report)
         if plan.todo:
             report.save(store)
     return report
 
 
-def _check_visible(job: Job, store: Store, plan: Plan, report: RunReport) -> None:
+def _check_visible(store: Store, plan: Plan, report: RunReport) -> None:
     """Count a shard as failed if its commit is not where this process looks for it."""
-    wanted = {(shard_id(s), job.work_fingerprint(s)): s for s in plan.todo}
+    wanted = {(shard_id(s), plan.works[shard_id(s)]): s for s in plan.todo}
     hidden = report.committed - list_committed(store)
     for work in sorted(hidden):
         message = (
@@ -76,9 +76,9 @@ def _check_visible(job: Job, store: Store, plan: Plan, report: RunReport) -> Non
     report.num_committed -= len(hidden)
 
 
-def _make_snapshot(store: Store, report: RunReport) -> None:
+def _make_snapshot(store: Store, plan: Plan, report: RunReport) -> None:
     try:
-        snapshot = build_snapshot(store)
+        snapshot = build_snapshot(store, plan.works)
     except (StorageError, CacheFormatError) as err:
         # What is committed stays committed; the next run, or a reader, sees it all the same.
         logger.error("no snapshot could be made: %s", err)  # noqa: TRY400  (one line, no trace)
