@@ -46,7 +46,9 @@ Per image and core there remain the float64 Gram matrix (half a product: N^2 D o
 peak of the core) and the float64 `eigh` of 576 x 576, half of which waits for memory, not for
 arithmetic: together 62 ms where the full SVD takes 780, so about 13 x is the limit of this method
 with these libraries, on one core and on two. The aim of 15 x is not met. On a busy machine the
-minima say more than the medians. Float32 would save about half of both steps but is not accurate enough: squaring
+minima say more than the medians.
+
+Float32 would save about half of both steps but is not accurate enough: squaring
 the matrix squares the ratio of its singular values, and on the stored outputs of the published code
 (`tests/data/golden/tokencarve` and two larger cases) a float32 Gram matrix and `eigh` are off by up
 to 5e-3 (tolerance 1e-4) and reorder up to 99 of 576 tokens; a float64 Gram matrix with a float32
