@@ -203,6 +203,6 @@ class NoOpEncoder(Encoder):
         return self._like.preprocess(image)
 
     def encode_pixels(self, prepared: Sequence[Pixels]) -> list[VisualTokens]:
-        """Return the same tokens for every image."""
+        """Return the same tokens for every image; takes pixel values too."""
         features_BND = self._tokens_1ND.expand(len(prepared), -1, -1)
         return [VisualTokens(features=features_BND, grid=(24, 24))]

@@ -295,6 +295,6 @@ def test_the_demo_runs_from_end_to_end_and_has_nothing_to_do_the_second_time(
     assert "all 45,864 tokens in 16 bits" in first.stdout
     assert "the 11,466 carved tokens as stored" in first.stdout
     assert second.returncode == 0, second.stderr
-    assert "nothing to do: all 6 shards are in demo/cache" in second.stdout
+    assert f"nothing to do: all 6 shards are in {tmp_path / 'demo' / 'cache'}" in second.stdout
     assert len(summaries) == 1 and summaries[0]["images"] == 234
     assert (tmp_path / "demo" / "report.html").stat().st_size > 100_000

@@ -136,11 +136,6 @@ def select_current(
     return [current[shard_id] for shard_id in sorted(current)]
 
 
-def current_commits(commits: Iterable[Commit]) -> list[Commit]:
-    """Return the newest commit of each shard, by shard id."""
-    return select_current(commits)
-
-
 def claim_identity(store: Store, identity: Mapping[str, Any]) -> Mapping[str, Any]:
     """Create `carve.json`, or check that the one in place is of the same work.
 

@@ -13,7 +13,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from pipeline.cache import layout
-from pipeline.cache.commit import Commit, current_commits, read_commits
+from pipeline.cache.commit import Commit, read_commits, select_current
 from pipeline.carved_cache import CachedImage, CarvedCache
 from pipeline.dataset import Batch, CarvedDataset
 from pipeline.decode import decode_image
@@ -46,7 +46,7 @@ def read_report(job: Job, cache: CarvedCache, corpus: Corpus, *, model: Path) ->
         model: folder of the checkpoint.
     """
     store = cache.reader.store
-    commits = current_commits(list(read_commits(store)))
+    commits = select_current(read_commits(store))
     stages: Counter[str] = Counter()
     for commit in commits:
         stages.update(commit.details["stage_seconds"])
