@@ -6,6 +6,13 @@ import sys
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD, _M_ARENA_MAX = -3, -1, -8  # of glibc's malloc.h
 _SIZES = {_M_MMAP_THRESHOLD: 1 << 30, _M_TRIM_THRESHOLD: (1 << 31) - 1, _M_ARENA_MAX: 1}
 
+ENVIRONMENT = {
+    "MALLOC_MMAP_THRESHOLD_": str(_SIZES[_M_MMAP_THRESHOLD]),
+    "MALLOC_TRIM_THRESHOLD_": str(_SIZES[_M_TRIM_THRESHOLD]),
+    "MALLOC_ARENA_MAX": str(_SIZES[_M_ARENA_MAX]),
+}
+"""What does the same to a process from its start, before any thread has an arena of its own."""
+
 
 def keep_freed_memory() -> bool:
     """Make glibc reuse freed blocks instead of giving them back to the kernel.

@@ -9,7 +9,6 @@ import torch
 
 from pipeline.cache.commit import Commit
 from pipeline.carve_shard import ShardCarver
-from pipeline.heap import keep_freed_memory
 from pipeline.job import Job
 from pipeline.types import ShardRef
 
@@ -19,7 +18,6 @@ class CarveActor:
 
     def __init__(self, job: Job) -> None:
         logging.basicConfig(level=logging.WARNING)
-        keep_freed_memory()
         torch.set_num_threads(max(1, job.config.runner.cpus_per_actor))
         self._gpus = ray.get_gpu_ids()
         self._device = "cuda" if self._gpus and torch.cuda.is_available() else "cpu"

@@ -13,6 +13,7 @@ import torch
 from ray.exceptions import RayError, RayTaskError
 
 from pipeline.errors import ConfigError, ShardError, StorageError
+from pipeline.heap import ENVIRONMENT
 from pipeline.job import Job
 from pipeline.progress import RunProgress
 from pipeline.ray_runner._actor import CarveActor
@@ -83,6 +84,7 @@ class Driver:
             max_task_retries=0,
             concurrency_groups={"carve": _SHARDS_IN_FLIGHT, "control": 1},
             scheduling_strategy="SPREAD",
+            runtime_env={"env_vars": ENVIRONMENT},
         )(CarveActor)
         # One copy of the job in the object store, not one per actor.
         self.job_ref = ray.put(job)
