@@ -91,8 +91,8 @@ class Preprocessor:
 
         The result equals the processor's own before rescaling, with one exception: an image so
         elongated that more than three quarters of the resized image would be cut off is resized
-        in the cropped part only. Pillow holds the borders of such a part in single precision, so
-        a value may then differ by 1 of 255.
+        in the cropped part only, in two calls. Photographs then differ by 1 of 255 at most; on
+        pixel noise in images taller than four times their width up to 31 of 255 were seen.
 
         Raises:
             EncodeError: the image is so elongated that it would fill memory on the way.
