@@ -1,6 +1,5 @@
 """Open a cache and read images back as tensors: the cache's bytes joined with its codec."""
 
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pipeline import codecs
-from pipeline.cache import commit, layout, snapshot
+from pipeline.cache import commit, snapshot
 from pipeline.cache.reader import RowPlace, SnapshotReader
 from pipeline.cache.row import StoredTokens
 from pipeline.codecs import Codec
@@ -185,11 +184,6 @@ def unpack_images(
         _in_position_order(place, s, piece)
         for place, s, piece in zip(places, stored, pieces, strict=True)
     ]
-
-
-def read_part_metadata(schema: pa.Schema) -> dict[str, Any]:
-    """Return what a part says about itself: enough to decode it without the rest of the cache."""
-    return dict(json.loads(schema.metadata[layout.METADATA_KEY]))
 
 
 def _check_keep_tokens(keep_tokens: int | None) -> None:
