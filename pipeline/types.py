@@ -12,8 +12,16 @@ from torch import Tensor
 SIGNALS: Mapping[str, str] = {
     "cls_attention": "(B, N) attention of the class token to each visual token, mean over heads",
     "received_attention": "(B, N) mean attention a visual token receives from all visual tokens",
+    "shallow_attention": "(B, N) cls_attention of an early tower layer; received, without a class",
+    "last_cls_attention": "(B, N) cls_attention of the last tower layer, heads joined to one",
+    "cls_logits": "(B, N) the last tower layer's class attention before softmax, mean over heads",
     "keys": "(B, N, D') key vectors of the attention of the selected tower layer, heads joined",
+    "mean_keys": "(B, N, D') the same key vectors, mean over heads",
+    "shallow_keys": "(B, N, D') key vectors of the layer of shallow_attention, heads joined",
+    "last_keys": "(B, N, D') key vectors of the last tower layer, heads joined",
     "attention_output": "(B, N, D') output of the attention of the selected tower layer",
+    "attention_flow": "(B, N, L, 3) class attention, value similarity to the class, value norm",
+    "projector_sensitivity": "(B, N) root mean square gain of the projector at each token",
     "llm_hidden": "(B, N, D') hidden states after the first decoder layers, fixed prompt",
     "llm_attention": "(B, N) attention of the last prompt token in those layers, mean over heads",
 }
