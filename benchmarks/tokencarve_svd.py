@@ -22,7 +22,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from pipeline import carvers
-from pipeline.carvers.tokencarve import contributions
+from pipeline.carvers._information import contributions
 from pipeline.heap import keep_freed_memory
 from pipeline.types import VisualTokens
 

@@ -51,7 +51,7 @@ class Job:
             "format_version": layout.FORMAT_VERSION,
             "fingerprint": self.fingerprint,
             "settings": self.settings,
-            "nested": type(self.carver).nested,
+            "nested": self.carver.nested,
         }
 
     @property

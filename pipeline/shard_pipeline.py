@@ -60,7 +60,7 @@ class _Carved:
 
     image: _Prepared  # without pixels
     tokens: CarvedTokens
-    grid: tuple[int, int]
+    grid: tuple[int, int, int]  # views, rows, columns
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -179,7 +179,8 @@ class ShardPipeline:
             for group in groups:
                 for index, tokens in self._carve(group, batch):
                     image = replace(batch[index], pixels=_NO_PIXELS)
-                    carved[index] = _Carved(image=image, tokens=tokens, grid=group.grid)
+                    grid = (group.num_views, *group.grid)
+                    carved[index] = _Carved(image=image, tokens=tokens, grid=grid)
                 self.tally.tokens_full += group.features.shape[0] * group.features.shape[1]
             seconds["encode"] += encoded - started
             seconds["carve"] += time.perf_counter() - encoded
@@ -268,7 +269,7 @@ class ShardPipeline:
             packed=packed,
             positions=tokens.positions.numpy()[order].astype(np.uint32),
             sizes=tokens.sizes.numpy()[order].astype(np.float32),
-            grid=(1, *carved.grid),
+            grid=carved.grid,
             image_size=image.image_size,
             columns=image.columns,
         )

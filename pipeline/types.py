@@ -58,13 +58,25 @@ class ShardRef:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TileLayout:
+    """How the views of a tiled image lie: a thumbnail of all of it first, then tiles row by row."""
+
+    rows: int  # of tiles
+    columns: int  # of tiles
+    unpadded: tuple[int, int, int, int]  # top, bottom, left, right: half-open, in tokens of the
+    # canvas that the tiles make; tokens outside see padding only
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class VisualTokens:
-    """The tokens of B images that share one grid."""
+    """The tokens of B images, or clips, that share one grid and layout."""
 
     features: Tensor  # (B, N, D) any float dtype
-    grid: tuple[int, int]  # rows, columns; rows * columns == N
+    grid: tuple[int, int]  # rows, columns of one view; num_views * rows * columns == N
     signals: Mapping[str, Tensor] = field(default_factory=dict)  # name -> (B, N) or (B, N, *) f32
     image_indices: tuple[int, ...] | None = None  # place of each image in the encoder's input
+    num_views: int = 1  # frames of a clip, or views of a tiled image, one after the other
+    tiles: TileLayout | None = None  # num_views == 1 + tiles.rows * tiles.columns
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,3 +96,4 @@ class PackedTokens:
     tokens: bytes  # the codes, num_tokens * codec.token_bytes(D)
     aux: bytes  # what the codec needs beside them (a scale, say), num_tokens * codec.aux_bytes
     num_tokens: int  # K
+    head: bytes = b""  # what every prefix of the tokens needs (a scale per channel, say)

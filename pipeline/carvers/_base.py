@@ -1,8 +1,9 @@
 """What a carver is. See `docs/design.md` for the contract that tests hold every carver to."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Self
 
 from pydantic import ConfigDict, Field
 from torch import Tensor
@@ -26,12 +27,14 @@ class Carver(ABC):
     nested: ClassVar[bool] = True
     """True if carving to K tokens equals the K best-ranked tokens of any larger result."""
 
+    conserves: ClassVar[bool] = False
+    """True if every source token counts in one result token: sizes sum to N."""
+
     @property
     def needs(self) -> frozenset[str]:
         """Names of the signals that `carve` reads; may depend on the options."""
         return frozenset()
 
-    @abstractmethod
     def carve(self, tokens: VisualTokens) -> list[CarvedTokens]:
         """Carve each image of a batch, independently of its batch-mates.
 
@@ -40,7 +43,31 @@ class Carver(ABC):
 
         Returns:
             One result per image, in order. No result shares memory with the batch.
+
+        Raises:
+            MissingSignalError: the batch lacks a signal named in `needs`.
+            NonFiniteError: features or a needed signal hold NaN or infinity; names the images.
         """
+        _ops.require_finite(tokens.features, "features")
+        for name in sorted(self.needs):
+            _ops.require_finite(_ops.signal(tokens, name), name)
+        return [result for part in _ops.split(tokens) for result in self._carve(part)]
+
+    @abstractmethod
+    def _carve(self, tokens: VisualTokens) -> list[CarvedTokens]:
+        """Carve a part of a batch, small enough for a few (B, N, N) float32 matrices.
+
+        All that `needs` names is there, and all values are finite.
+        """
+
+    def calibrated(self, sample: Iterable[VisualTokens]) -> Self:
+        """Return this carver with the options that depend on the corpus set from a sample of it.
+
+        Args:
+            sample: tokens of some hundred images of the corpus, with the signals of `needs`.
+        """
+        del sample
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,14 +110,31 @@ class BudgetCarver(Carver):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreCarver(BudgetCarver):
+class SelectionCarver(BudgetCarver):
+    """Keeps K tokens unchanged; says which, and in which order of importance."""
+
+    @abstractmethod
+    def select(self, tokens: VisualTokens, num_kept: int) -> Tensor:
+        """Return (B, num_kept) positions, no position twice, the token to keep longest first.
+
+        Args:
+            tokens: a part of a batch, checked.
+            num_kept: K, in [1, N].
+        """
+
+    def _carve(self, tokens: VisualTokens) -> list[CarvedTokens]:
+        num_kept = self.budget(tokens.features.shape[1])
+        return _ops.keep(tokens.features, self.select(tokens, num_kept))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreCarver(SelectionCarver):
     """Keeps the K tokens of the highest score, unchanged; equal scores keep the lower position."""
 
     @abstractmethod
     def score(self, tokens: VisualTokens) -> Tensor:
         """Return (B, N) float32 scores, higher is kept first; each row from its image alone."""
 
-    def carve(self, tokens: VisualTokens) -> list[CarvedTokens]:
-        """Keep the best-scored tokens; ranks follow the score."""
-        order_BN = _ops.best_first(self.score(tokens))
-        return _ops.keep(tokens.features, order_BN[:, : self.budget(order_BN.shape[1])])
+    def select(self, tokens: VisualTokens, num_kept: int) -> Tensor:
+        """Return the best-scored positions; ranks follow the score."""
+        return _ops.best_first(self.score(tokens))[:, :num_kept]

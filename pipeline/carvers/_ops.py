@@ -3,9 +3,11 @@
 B images, N source tokens, K kept tokens, M rows to choose from, G groups, D feature width.
 """
 
+import dataclasses
 import functools
 import heapq
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -14,6 +16,25 @@ from torch import Tensor
 
 from pipeline.errors import MissingSignalError, NonFiniteError
 from pipeline.types import CarvedTokens, VisualTokens
+
+MAX_MATRIX_BYTES = 256 * 2**20
+"""No (B, N, N) float32 matrix of a carver is larger; batches are cut into parts of fewer images."""
+
+
+def split(tokens: VisualTokens) -> Iterator[VisualTokens]:
+    """Cut a batch into parts whose (B, N, N) float32 matrices keep to `MAX_MATRIX_BYTES`."""
+    num_images, num_tokens, width = tokens.features.shape
+    # Also copies of the features in float32, which are larger where D > N.
+    at_once = max(1, MAX_MATRIX_BYTES // (4 * num_tokens * max(num_tokens, width)))
+    if num_images <= at_once:
+        yield tokens
+        return
+    for start in range(0, num_images, at_once):
+        part = slice(start, start + at_once)
+        signals = {name: signal[part] for name, signal in tokens.signals.items()}
+        yield dataclasses.replace(
+            tokens, features=tokens.features[part], signals=signals, image_indices=None
+        )
 
 
 def signal(tokens: VisualTokens, name: str) -> Tensor:
@@ -65,14 +86,26 @@ def take_rows(features_BMD: Tensor, rows_BK: Tensor) -> Tensor:
     return taken.view(*rows_BK.shape, width)
 
 
-def keep(features_BND: Tensor, order_BK: Tensor) -> list[CarvedTokens]:
-    """Return the tokens at `order_BK` (best first) unchanged, each standing for itself."""
+def keep(
+    features_BND: Tensor, order_BK: Tensor, counts_B: Tensor | None = None
+) -> list[CarvedTokens]:
+    """Return the tokens at `order_BK` (best first) unchanged, each standing for itself.
+
+    Args:
+        features_BND: all tokens.
+        order_BK: positions, best token first.
+        counts_B: int64, in [1, K]: how many of its row each image keeps; None for all.
+    """
     sizes_BK = torch.ones(order_BK.shape, device=order_BK.device)
-    return collect(features_BND, order_BK, order_BK, sizes_BK)
+    return collect(features_BND, order_BK, order_BK, sizes_BK, counts_B)
 
 
 def collect(
-    features_BMD: Tensor, rows_BK: Tensor, positions_BK: Tensor, sizes_BK: Tensor
+    features_BMD: Tensor,
+    rows_BK: Tensor,
+    positions_BK: Tensor,
+    sizes_BK: Tensor,
+    counts_B: Tensor | None = None,
 ) -> list[CarvedTokens]:
     """Bring kept tokens into position order, one result per image.
 
@@ -81,22 +114,30 @@ def collect(
         rows_BK: row of each kept token, best token first.
         positions_BK: source position of each kept token, best token first.
         sizes_BK: source tokens each kept token stands for, best token first.
+        counts_B: int64, in [1, K]: how many of its row each image keeps; None for all.
 
     Returns:
         Results with memory of their own, so that keeping one does not keep the batch.
     """
+    num_kept = positions_BK.shape[1]
+    counts = [num_kept] * len(positions_BK)
+    if counts_B is not None:
+        # What an image drops sorts behind every position.
+        dropped_BK = torch.arange(num_kept, device=counts_B.device) >= counts_B[:, None]
+        positions_BK = positions_BK.masked_fill(dropped_BK, torch.iinfo(torch.int64).max)
+        counts = counts_B.tolist()
     positions_BK, ranks_BK = positions_BK.sort(dim=1)
     rows_BK = rows_BK.gather(1, ranks_BK)
     sizes_BK = sizes_BK.gather(1, ranks_BK)
     return [
         CarvedTokens(
-            features=features_MD.index_select(0, rows_K),
-            positions=positions_K.clone(),
-            sizes=sizes_K.clone(),
-            ranks=ranks_K.clone(),
+            features=features_MD.index_select(0, rows_K[:count]),
+            positions=positions_K[:count].clone(),
+            sizes=sizes_K[:count].clone(),
+            ranks=ranks_K[:count].clone(),
         )
-        for features_MD, rows_K, positions_K, sizes_K, ranks_K in zip(
-            features_BMD, rows_BK, positions_BK, sizes_BK, ranks_BK, strict=True
+        for features_MD, rows_K, positions_K, sizes_K, ranks_K, count in zip(
+            features_BMD, rows_BK, positions_BK, sizes_BK, ranks_BK, counts, strict=True
         )
     ]
 
@@ -128,9 +169,17 @@ def group_mean(features_BMD: Tensor, owners_BM: Tensor, num_groups: int) -> tupl
     return means.view(num_images, num_groups, width).to(features_BMD.dtype), sizes_BG.float()
 
 
-def spread_order(grid: tuple[int, int], tokens: Tensor) -> Tensor:
-    """Return `coarse_to_fine(grid)` as (B, N) positions for the images of `tokens` (B, N, D)."""
-    order_N = torch.tensor(coarse_to_fine(*grid), device=tokens.device)
+def spread_order(grid: tuple[int, int], tokens: Tensor, num_views: int = 1) -> Tensor:
+    """Return (B, N) positions, every prefix of them spread evenly over the grid and the views.
+
+    Args:
+        grid: rows and columns of a view; see `coarse_to_fine`.
+        tokens: (B, N, *), for its number of images and its device.
+        num_views: taken in turns, the most distant ones first.
+    """
+    cells = torch.tensor(coarse_to_fine(*grid), device=tokens.device)
+    views = torch.tensor(coarse_to_fine(num_views, 1), device=tokens.device)
+    order_N = (views * len(cells) + cells[:, None]).flatten()
     return order_N.expand(tokens.shape[0], -1)
 
 

@@ -29,21 +29,27 @@ class AveragePool(BudgetCarver):
 
     nested: ClassVar[bool] = False  # another budget cuts other cells
 
-    def carve(self, tokens: VisualTokens) -> list[CarvedTokens]:
-        """Return at most K means per image."""
+    conserves: ClassVar[bool] = True
+
+    def _carve(self, tokens: VisualTokens) -> list[CarvedTokens]:
         rows, columns = tokens.grid
-        pooled = pooled_grid(rows, columns, self.budget(rows * columns))
+        num_kept = self.budget(tokens.features.shape[1])
+        views = min(tokens.num_views, num_kept)
+        pooled = pooled_grid(rows, columns, num_kept // views)
         device = tokens.features.device
+        view_cells_T, view_centres = _cut(tokens.num_views, views, device)
         row_cells_R, row_centres = _cut(rows, pooled[0], device)
         column_cells_C, column_centres = _cut(columns, pooled[1], device)
-        owners_N = (row_cells_R[:, None] * pooled[1] + column_cells_C).flatten()
-        centres_K = (row_centres[:, None] * columns + column_centres).flatten()
+        owners_TRC = (view_cells_T[:, None] * pooled[0] + row_cells_R)[:, :, None] * pooled[1]
+        owners_N = (owners_TRC + column_cells_C).flatten()
+        centres_TRC = (view_centres[:, None] * rows + row_centres)[:, :, None] * columns
+        centres_K = (centres_TRC + column_centres).flatten()
 
         num_images = tokens.features.shape[0]
         means_BKD, sizes_BK = _ops.group_mean(
             tokens.features, owners_N.expand(num_images, -1), len(centres_K)
         )
-        order_BK = _ops.spread_order(pooled, means_BKD)
+        order_BK = _ops.spread_order(pooled, means_BKD, views)
         return _ops.collect(means_BKD, order_BK, centres_K[order_BK], sizes_BK.gather(1, order_BK))
 
 

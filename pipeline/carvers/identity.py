@@ -8,6 +8,7 @@ Cost: one copy.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from pipeline.carvers import _ops
 from pipeline.carvers._base import Carver
@@ -18,6 +19,8 @@ from pipeline.types import CarvedTokens, VisualTokens
 class Identity(Carver):
     """Keep all N tokens unchanged; takes no budget."""
 
-    def carve(self, tokens: VisualTokens) -> list[CarvedTokens]:
-        """Return all tokens, ranked coarse to fine."""
-        return _ops.keep(tokens.features, _ops.spread_order(tokens.grid, tokens.features))
+    conserves: ClassVar[bool] = True
+
+    def _carve(self, tokens: VisualTokens) -> list[CarvedTokens]:
+        order_BN = _ops.spread_order(tokens.grid, tokens.features, tokens.num_views)
+        return _ops.keep(tokens.features, order_BN)

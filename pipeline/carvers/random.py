@@ -13,14 +13,14 @@ from typing import Annotated
 import numpy as np
 import torch
 from pydantic import Field
+from torch import Tensor
 
-from pipeline.carvers import _ops
-from pipeline.carvers._base import BudgetCarver
-from pipeline.types import CarvedTokens, VisualTokens
+from pipeline.carvers._base import SelectionCarver
+from pipeline.types import VisualTokens
 
 
 @dataclass(frozen=True, kw_only=True)
-class Random(BudgetCarver):
+class Random(SelectionCarver):
     """Keep the first K tokens of one permutation of the N positions.
 
     Args:
@@ -29,10 +29,10 @@ class Random(BudgetCarver):
 
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
-    def carve(self, tokens: VisualTokens) -> list[CarvedTokens]:
+    def select(self, tokens: VisualTokens, num_kept: int) -> Tensor:
         """Return the same positions for every image; ranks follow the permutation."""
         num_images, num_tokens, _ = tokens.features.shape
         # RandomState's stream is frozen by numpy (NEP 19); torch.randperm promises no such thing.
         order_N = torch.from_numpy(np.random.RandomState(self.seed).permutation(num_tokens))
-        order_K = order_N[: self.budget(num_tokens)].to(tokens.features.device, torch.int64)
-        return _ops.keep(tokens.features, order_K.expand(num_images, -1))
+        order_K = order_N[:num_kept].to(tokens.features.device, torch.int64)
+        return order_K.expand(num_images, -1)

@@ -11,16 +11,18 @@ Cost: once per grid and process, about N log N small window sums (0.1 s at N = 5
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from pipeline.carvers import _ops
-from pipeline.carvers._base import BudgetCarver
-from pipeline.types import CarvedTokens, VisualTokens
+from pipeline.carvers._base import SelectionCarver
+from pipeline.types import VisualTokens
 
 
 @dataclass(frozen=True, kw_only=True)
-class UniformGrid(BudgetCarver):
+class UniformGrid(SelectionCarver):
     """Keep the first K tokens of a coarse-to-fine order of the grid."""
 
-    def carve(self, tokens: VisualTokens) -> list[CarvedTokens]:
+    def select(self, tokens: VisualTokens, num_kept: int) -> Tensor:
         """Return the same positions for every image; ranks run coarse to fine."""
-        order_BN = _ops.spread_order(tokens.grid, tokens.features)
-        return _ops.keep(tokens.features, order_BN[:, : self.budget(order_BN.shape[1])])
+        order_BN = _ops.spread_order(tokens.grid, tokens.features, tokens.num_views)
+        return order_BN[:, :num_kept]

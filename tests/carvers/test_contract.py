@@ -1,8 +1,11 @@
 """What every carver must do. Runs on each one the registry finds, with no list to keep."""
 
 import dataclasses
+import inspect
 import pickle
 import re
+import typing
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -12,8 +15,9 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from pipeline import carvers
+from pipeline.carvers import _ops
 from pipeline.carvers._base import Carver, ScoreCarver
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, MissingSignalError, NonFiniteError
 from pipeline.types import SIGNALS, CarvedTokens, VisualTokens
 from tests.carvers.inputs import make_tokens
 
@@ -22,7 +26,19 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 SHAPES = [((1, 1), 4), ((1, 9), 3), ((6, 1), 16), ((4, 4), 2), ((5, 7), 64), ((12, 12), 24)]
 FIELDS = [f.name for f in dataclasses.fields(CarvedTokens)]
 
+MAX_LINES = 150  # of a carver's file
+
 every_carver = pytest.mark.parametrize("name", NAMES)
+
+
+def variants(name: str) -> Iterator[dict[str, object]]:
+    """Yield the default options, and for each choice between words or True every other word."""
+    yield {}
+    hints = typing.get_type_hints(carvers.load(name))
+    for option, field in fields(name).items():
+        choices = typing.get_args(hints[option]) if "Literal" in str(hints[option]) else ()
+        choices = (True, False) if hints[option] is bool else choices
+        yield from ({option: c} for c in choices if c is not None and c != field.default)
 
 
 def fields(name: str) -> dict[str, dataclasses.Field]:
@@ -33,14 +49,14 @@ def takes_budget(name: str) -> bool:
     return "keep_tokens" in fields(name)
 
 
-def build(name: str, **budget: object) -> Carver:
-    """Build with default options, and with this budget if the carver takes one."""
-    return carvers.build(name, budget if takes_budget(name) else {})
+def build(name: str, options: Mapping[str, object] | None = None, **budget: object) -> Carver:
+    """Build with these or default options, and with this budget if the carver takes one."""
+    return carvers.build(name, {**(options or {}), **(budget if takes_budget(name) else {})})
 
 
 def assert_valid(result: CarvedTokens, source: VisualTokens) -> None:
     """Everything that holds for any result of any carver."""
-    num_tokens = source.grid[0] * source.grid[1]
+    num_tokens = source.features.shape[1]
     kept = len(result.positions)
     assert 1 <= kept <= num_tokens
     assert result.features.shape == (kept, source.features.shape[2])
@@ -55,7 +71,7 @@ def assert_valid(result: CarvedTokens, source: VisualTokens) -> None:
     assert result.ranks.sort().values.tolist() == list(range(kept))
     assert result.sizes.dtype == torch.float32
     assert result.sizes.shape == (kept,)
-    assert (result.sizes >= 1).all() and result.sizes.sum() <= num_tokens
+    assert (result.sizes >= 1).all() and result.sizes.sum() <= num_tokens * (1 + 1e-5)
 
 
 def assert_same(left: CarvedTokens, right: CarvedTokens) -> None:
@@ -72,6 +88,97 @@ def best(result: CarvedTokens, count: int) -> CarvedTokens:
 def only(tokens: VisualTokens, images: list[int]) -> VisualTokens:
     signals = {name: signal[images] for name, signal in tokens.signals.items()}
     return dataclasses.replace(tokens, features=tokens.features[images], signals=signals)
+
+
+every_variant = pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        pytest.param(name, options, id="-".join([name, *(f"{k}={v}" for k, v in options.items())]))
+        for name in NAMES
+        for options in variants(name)
+    ],
+)
+
+
+@every_carver
+def test_its_file_is_short_enough_to_read_at_once(name):
+    lines = inspect.getsource(inspect.getmodule(carvers.load(name))).splitlines()
+
+    assert len(lines) <= MAX_LINES
+
+
+@every_variant
+def test_every_choice_of_its_options_carves(name, options):
+    for grid, views, keep in [((5, 7), 1, 9), ((3, 4), 3, 8), ((1, 1), 1, 1), ((4, 4), 2, 32)]:
+        carver = build(name, options, keep_tokens=keep)
+        tokens = make_tokens(carver.needs, grid=grid, num_views=views, batch=2)
+
+        results = carver.carve(tokens)
+
+        for image, result in enumerate(results):
+            assert_valid(result, tokens)
+            if takes_budget(name):
+                assert len(result.positions) <= keep
+            assert_same(carver.carve(only(tokens, [image]))[0], result)
+            if carver.conserves:
+                assert_close(result.sizes.sum().item(), float(tokens.features.shape[1]))
+
+
+@every_variant
+def test_a_choice_that_says_it_is_nested_is(name, options):
+    carver = build(name, options, keep_tokens=20)
+    if not carver.nested or not takes_budget(name):
+        pytest.skip("not nested")
+    tokens = make_tokens(carver.needs, grid=(5, 7))
+    large = carver.carve(tokens)
+
+    for count in (1, 2, 7):
+        small = build(name, options, keep_tokens=count).carve(tokens)
+
+        for few, many in zip(small, large, strict=True):
+            assert_same(best(few, count), best(many, count))
+
+
+@every_variant
+def test_one_value_that_is_not_finite_is_an_error_that_names_the_image(name, options):
+    carver = build(name, options, keep_tokens=9)
+    tokens = make_tokens(carver.needs)
+    for name_of, value in [("features", torch.nan), ("features", -torch.inf)] + [
+        (signal, torch.nan) for signal in carver.needs
+    ]:
+        broken = tokens.features if name_of == "features" else tokens.signals[name_of]
+        broken = broken.clone()
+        broken[1, 4] = value
+        damaged = (
+            dataclasses.replace(tokens, features=broken)
+            if name_of == "features"
+            else dataclasses.replace(tokens, signals={**tokens.signals, name_of: broken})
+        )
+
+        with pytest.raises(NonFiniteError, match=rf"{name_of} of image \[1\]"):
+            carver.carve(damaged)
+
+
+@every_carver
+def test_a_signal_that_it_needs_and_does_not_get_is_an_error(name):
+    carver = build(name, keep_tokens=9)
+    if not carver.needs:
+        pytest.skip("needs no signal")
+
+    with pytest.raises(MissingSignalError, match="no signal"):
+        carver.carve(make_tokens([]))
+
+
+@every_carver
+def test_a_batch_too_large_for_its_matrices_is_cut_without_a_trace(name, monkeypatch):
+    carver = build(name, keep_tokens=9)
+    tokens = make_tokens(carver.needs, batch=5)
+    expected = carver.carve(tokens)
+
+    monkeypatch.setattr(_ops, "MAX_MATRIX_BYTES", 2 * 4 * 35 * 40)  # two images at once
+
+    for left, right in zip(carver.carve(tokens), expected, strict=True):
+        assert_same(left, right)
 
 
 @every_carver

@@ -11,7 +11,7 @@ from threadpoolctl import threadpool_info
 from torch.testing import assert_close
 
 from pipeline import carvers
-from pipeline.carvers.tokencarve import contributions, contributions_batched
+from pipeline.carvers._information import contributions, contributions_batched
 from pipeline.errors import ConfigError, MissingSignalError, NonFiniteError
 from pipeline.types import CarvedTokens, VisualTokens
 from tests.carvers.inputs import make_tokens
@@ -325,7 +325,7 @@ def test_images_beyond_one_chunk_are_scored_the_same(monkeypatch):
     matrix = make_tokens([], batch=5, grid=(4, 4), width=24).features
     expected = contributions(matrix)
 
-    monkeypatch.setattr("pipeline.carvers.tokencarve._CHUNK_BYTES", 2 * 8 * 16 * 24)
+    monkeypatch.setattr("pipeline.carvers._information._CHUNK_BYTES", 2 * 8 * 16 * 24)
 
     assert torch.equal(contributions(matrix), expected)
 

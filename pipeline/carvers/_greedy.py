@@ -1,0 +1,114 @@
+"""Greedy picks, K batched steps each: one pick for every image of the batch per step.
+
+B images, N tokens, K picks. Ties go to the lower position. The first k picks are those of a
+smaller budget, so rules built on these are nested.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from pipeline.carvers import _similarity
+
+
+def pick(
+    num_picks: int,
+    state_BN: Tensor,
+    score: Callable[[Tensor], Tensor],
+    update: Callable[[Tensor, Tensor], Tensor],
+    first_B: Tensor | None = None,
+) -> Tensor:
+    """Choose one token after the other, each the best by a score that earlier picks have changed.
+
+    Args:
+        num_picks: K, at most N.
+        state_BN: what the score is computed from, as it is before the first pick.
+        score: from the state to (B, N) finite scores, higher is picked first.
+        update: from the state and the (B,) tokens just picked to the next state.
+        first_B: picked first, whatever its score.
+
+    Returns:
+        (B, K) positions in the order of picking.
+    """
+    taken_BN = torch.zeros(state_BN.shape, dtype=torch.bool, device=state_BN.device)
+    picks: list[Tensor] = []
+    for step in range(num_picks):
+        if step == 0 and first_B is not None:
+            chosen_B = first_B
+        else:
+            # `argmax` returns the first of several maximal values.
+            chosen_B = score(state_BN).masked_fill(taken_BN, -torch.inf).argmax(dim=1)
+        picks.append(chosen_B)
+        taken_BN.scatter_(1, chosen_B[:, None], True)
+        if step + 1 < num_picks:
+            state_BN = update(state_BN, chosen_B)
+    return torch.stack(picks, dim=1)
+
+
+def farthest(
+    distances_BNN: Tensor, first_B: Tensor, num_picks: int, weights_BN: Tensor | None = None
+) -> Tensor:
+    """Pick the token farthest from all picks so far: by weight times distance to the nearest."""
+    weights = torch.ones_like(distances_BNN[:, 0]) if weights_BN is None else weights_BN
+    return pick(
+        num_picks,
+        torch.full_like(weights, torch.finfo(torch.float32).max),
+        lambda nearest_BN: weights * nearest_BN,
+        lambda nearest_BN, chosen_B: torch.minimum(
+            nearest_BN, _similarity.row(distances_BNN, chosen_B)
+        ),
+        first_B,
+    )
+
+
+def coverage(similarities_BNN: Tensor, num_picks: int, weights_BN: Tensor | None = None) -> Tensor:
+    """Pick the token that most raises how well the picks cover all tokens (facility location).
+
+    The gain of j is the sum over i of max(0, S_ij - covered_i), times the weight of j; covered_i
+    starts at 0 and becomes the largest S_ij of a pick j.
+
+    Args:
+        similarities_BNN: S; row i is the token to be covered, column j the candidate.
+        num_picks: K.
+        weights_BN: of the candidates; all 1 if None.
+    """
+
+    def gains(covered_BN: Tensor) -> Tensor:
+        gains_BN = (similarities_BNN - covered_BN[:, :, None]).clamp_(min=0).sum(dim=1)
+        return gains_BN if weights_BN is None else gains_BN * weights_BN
+
+    columns_BNN = similarities_BNN.mT
+    return pick(
+        num_picks,
+        similarities_BNN.new_zeros(similarities_BNN.shape[:2]),
+        gains,
+        lambda covered_BN, chosen_B: torch.maximum(
+            covered_BN, _similarity.row(columns_BNN, chosen_B)
+        ),
+    )
+
+
+def log_determinant(kernel_BNN: Tensor, num_picks: int) -> Tensor:
+    """Pick the token that most raises the determinant of the picks' kernel (greedy MAP of a DPP).
+
+    Source: Chen et al., "Fast Greedy MAP Inference for Determinantal Point Process" (arXiv
+    1709.05135): the Cholesky factor grows by one column a step.
+    """
+    num_images, num_tokens, _ = kernel_BNN.shape
+    columns_BKN = kernel_BNN.new_zeros(num_images, num_picks, num_tokens)
+    step = 0
+
+    def update(gains_BN: Tensor, chosen_B: Tensor) -> Tensor:
+        nonlocal step
+        index_B1 = chosen_B[:, None]
+        known_BK = columns_BKN.gather(2, index_B1[:, None].expand(-1, num_picks, 1)).squeeze(2)
+        explained_BN = (known_BK[:, :, None] * columns_BKN).sum(dim=1)
+        root_B1 = gains_BN.gather(1, index_B1).clamp_min(torch.finfo(torch.float32).tiny).sqrt()
+        column_BN = (_similarity.row(kernel_BNN, chosen_B) - explained_BN) / root_B1
+        columns_BKN[:, step] = column_BN
+        step += 1
+        return gains_BN - column_BN.square()
+
+    gains_BN = kernel_BNN.diagonal(dim1=1, dim2=2).clone()
+    return pick(num_picks, gains_BN, lambda gains_BN: gains_BN, update)

@@ -1,0 +1,43 @@
+"""Merging tokens into others: who joins whom, and where the result stands.
+
+B images, N tokens, M rows, G groups, D feature width.
+"""
+
+import torch
+from torch import Tensor
+
+from pipeline.carvers import _ops
+
+
+def nearest(similarities_BNN: Tensor, anchors_BG: Tensor) -> Tensor:
+    """Return (B, N) the group of each token: its most similar anchor; each anchor its own.
+
+    Args:
+        similarities_BNN: between all tokens.
+        anchors_BG: positions, no position twice; the index in a row is the group. Ties go to the
+            anchor that stands first.
+    """
+    num_groups = anchors_BG.shape[1]
+    index_BNG = anchors_BG[:, None, :].expand(-1, similarities_BNN.shape[1], -1)
+    owners_BN = similarities_BNN.gather(2, index_BNG).argmax(dim=2)
+    groups_BG = torch.arange(num_groups, device=anchors_BG.device).expand_as(anchors_BG)
+    return owners_BN.scatter(1, anchors_BG, groups_BG)
+
+
+def median_positions(owners_BN: Tensor, num_groups: int) -> Tensor:
+    """Return (B, G) the lower median of the positions in each group; no group may be empty."""
+    # Stable, so the positions of a group stand in rising order.
+    positions_BN = owners_BN.argsort(dim=1, stable=True)
+    sizes_BG = torch.zeros(
+        (len(owners_BN), num_groups), dtype=torch.int64, device=owners_BN.device
+    ).scatter_add_(1, owners_BN, torch.ones_like(owners_BN))
+    starts_BG = sizes_BG.cumsum(dim=1) - sizes_BG
+    return positions_BN.gather(1, starts_BG + (sizes_BG - 1) // 2)
+
+
+def group_means(
+    features_BND: Tensor, owners_BN: Tensor, num_groups: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (B, G, D) plain means, (B, G) sizes and (B, G) lower median positions of groups."""
+    means_BGD, sizes_BG = _ops.group_mean(features_BND, owners_BN, num_groups)
+    return means_BGD, sizes_BG, median_positions(owners_BN, num_groups)
