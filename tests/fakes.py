@@ -62,17 +62,26 @@ class FakeEncoder(Encoder):
         # One image at a time, so that a batch-mate cannot change the last bits.
         flat = patches.reshape(size, side * side, -1)
         features = torch.stack([image @ self._weights for image in flat])
-        norms = features.norm(dim=-1)
-        wide = {"keys", "attention_output", "llm_hidden"}
-        signals = {n: features.clone() if n in wide else norms.clone() for n in self._signals}
         return [
             VisualTokens(
                 features=features,
                 grid=(side, side),
-                signals=signals,
+                signals={name: _fake_signal(name, features) for name in self._signals},
                 image_indices=tuple(range(size)),
             )
         ]
+
+
+def _fake_signal(name: str, features: torch.Tensor) -> torch.Tensor:
+    """Return numbers >= 0, or any for vectors, in the shape that `SIGNALS` states."""
+    norms = features.norm(dim=-1)
+    shape = SIGNALS[name].partition(")")[0]
+    if shape == "(B, N, D'":
+        return features.clone()
+    if shape == "(B, N, L, 3":
+        return torch.stack([norms, norms / 2, norms * 2], dim=-1)[:, :, None].repeat(1, 1, 2, 1)
+    assert shape == "(B, N", name
+    return norms.clone()
 
 
 def encoded_image(seed: int, *, size: tuple[int, int] = (48, 40), kind: str = "JPEG") -> bytes:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pipeline.encoders._base import Encoder, Pixels
 from pipeline.encoders._preprocess import Preprocessor, read_preprocessor
+from pipeline.encoders._signals import SHALLOW_SIGNALS
 from pipeline.encoders._tower import TowerPlan
 from pipeline.encoders._weights import Checkpoint, Reads, find_place
 from pipeline.errors import ConfigError, EncodeError, MissingSignalError, PipelineError
@@ -38,10 +39,14 @@ class ImageEncoder(Encoder):
         model: local directory of a checkpoint, or id of a hub repository.
         revision: branch, tag or commit of a hub repository; None is its default branch. Give a
             commit to be sure that every process of a long run reads the same weights.
+        shallow_layer: index from 0 of the tower layer that `shallow_attention` and `shallow_keys`
+            are taken from, at most that of the selected features; None for three eighths of the
+            tower, the tenth of 24 layers, and then a tower cut shorter than that gives neither.
     """
 
     model: str = ""
     revision: str | None = None
+    shallow_layer: int | None = None
 
     def __post_init__(self) -> None:
         """Start without weights."""
@@ -119,6 +124,7 @@ class ImageEncoder(Encoder):
             "model": f"local:{kind}" if self._checkpoint.is_local else self.model,
             "revision": self._checkpoint.revision,
             **self._describe_options(signals),
+            **({"shallow_layer": self._plan.shallow_block} if signals & SHALLOW_SIGNALS else {}),
             "digest": self._checkpoint.digest(lambda: self._reads(signals)),
         }
 

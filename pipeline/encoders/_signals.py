@@ -174,6 +174,8 @@ ATTENTION_SIGNALS: Mapping[str, AttentionSignal] = {
 }
 """Every signal that the attention of a tower gives, by name."""
 
+SHALLOW_SIGNALS = frozenset(n for n, s in ATTENTION_SIGNALS.items() if s.place == "shallow")
+
 
 def linear_maps(signals: frozenset[str], *, output: str) -> Mapping[Part, str]:
     """Return the linear maps of an attention module whose results some signals are made of.

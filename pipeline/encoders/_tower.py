@@ -3,7 +3,7 @@
 T is the number of a tower's tokens: its class token and registers, if it has them, then N patches.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from pipeline.encoders._signals import AttentionProbe
+from pipeline.encoders._signals import ATTENTION_SIGNALS, AttentionProbe, linear_maps
 from pipeline.encoders._weights import Checkpoint, Source, fill, locate
 from pipeline.errors import ConfigError
 
@@ -24,6 +24,7 @@ class Family:
     layers: str
     attention: str  # in a layer
     output: str  # in the attention: its last linear map
+    attention_norm: str  # in a layer: what its attention sees is normed by
     norm: str  # what turns the last hidden state into `last_hidden_state`, if that is normed
     norm_is_applied: bool
     entry: str | None = None  # between embeddings and the first layer
@@ -36,6 +37,7 @@ _DINO = Family(
     layers="encoder.layer",
     attention="attention",
     output="o_proj",
+    attention_norm="norm1",
     norm="layernorm",
     norm_is_applied=True,
     takes_any_size=True,
@@ -46,6 +48,7 @@ FAMILIES: Mapping[str, Family] = {
         layers="encoder.layers",
         attention="self_attn",
         output="out_proj",
+        attention_norm="layer_norm1",
         norm="post_layernorm",
         norm_is_applied=False,  # to the class token only, for the pooled output
         entry="pre_layrnorm",
@@ -55,6 +58,7 @@ FAMILIES: Mapping[str, Family] = {
         layers="encoder.layers",
         attention="self_attn",
         output="out_proj",
+        attention_norm="layer_norm1",
         norm="post_layernorm",
         norm_is_applied=True,
         has_class_token=False,
@@ -74,11 +78,14 @@ class TowerPlan:
             wanted.
         final_norm: whether the last layer's state goes through the norm that the family's
             `last_hidden_state` has.
+        shallow_block: index of the layer that shallow signals are taken from; None where it would
+            lie behind the states wanted.
     """
 
     config: Any
     states: tuple[int, ...]
     final_norm: bool
+    shallow_block: int | None
 
     @property
     def family(self) -> Family:
@@ -87,7 +94,7 @@ class TowerPlan:
 
     @property
     def depth(self) -> int:
-        """Number of layers that run; the last of them is the one signals are taken from."""
+        """Number of layers that make the states; most signals are taken from the last of them."""
         return max(self.states)
 
     @property
@@ -101,12 +108,39 @@ class TowerPlan:
         return int(self.config.patch_size)
 
     @property
+    def num_layers(self) -> int:
+        """Number of layers of the whole tower."""
+        return int(self.config.num_hidden_layers)
+
+    @property
     def attention_signals(self) -> frozenset[str]:
-        """Signals that the last layer to run can give."""
-        if not self.depth:
-            return frozenset()
-        names = {"received_attention", "keys", "attention_output"}
-        return frozenset(names | ({"cls_attention"} if self.family.has_class_token else set()))
+        """Signals that the layers can give; none where the states are the embeddings alone."""
+        return frozenset(
+            name
+            for name, signal in ATTENTION_SIGNALS.items()
+            if self.depth
+            and (self.family.has_class_token or not signal.needs_class)
+            and (self.shallow_block is not None or signal.place != "shallow")
+        )
+
+    def probed(self, signals: frozenset[str]) -> dict[int, frozenset[str]]:
+        """Return which of some `attention_signals` each layer gives, by its index from 0."""
+        blocks: Mapping[str, Iterable[int | None]] = {
+            "selected": [self.depth - 1],
+            "shallow": [self.shallow_block],
+            "last": [self.num_layers - 1],
+            "each": range(self.depth),
+        }
+        found: dict[int, set[str]] = {}
+        for name in signals:
+            for block in blocks[ATTENTION_SIGNALS[name].place]:
+                assert block is not None, name
+                found.setdefault(block, set()).add(name)
+        return {block: frozenset(names) for block, names in found.items()}
+
+    def num_run(self, signals: frozenset[str]) -> int:
+        """Return the number of layers that run, the last one perhaps in part, for some signals."""
+        return max(self.depth, *(block + 1 for block in self.probed(signals)), 0)
 
     def check_size(self, size: tuple[int, int] | None, *, model: str) -> None:
         """Check that the image processor makes what the tower takes.
@@ -133,7 +167,14 @@ class TowerPlan:
         return height // self.patch_size, width // self.patch_size
 
 
-def plan_tower(config: Any, layers: Sequence[int], *, final_norm: bool, where: str) -> TowerPlan:  # noqa: ANN401
+def plan_tower(
+    config: Any,  # noqa: ANN401
+    layers: Sequence[int],
+    *,
+    final_norm: bool,
+    where: str,
+    shallow_layer: int | None,
+) -> TowerPlan:
     """Check a tower's config and the hidden states asked of it.
 
     Args:
@@ -141,9 +182,12 @@ def plan_tower(config: Any, layers: Sequence[int], *, final_norm: bool, where: s
         layers: indices of hidden states; negative ones count from the last layer.
         final_norm: as in `TowerPlan`.
         where: the option or setting that names the layers, for messages.
+        shallow_layer: index of the layer for shallow signals, from 0; None for three eighths of
+            the tower.
 
     Raises:
-        ConfigError: not a known family, patches that are not squares, or no such layer.
+        ConfigError: not a known family, patches that are not squares, no such layer, or a shallow
+            layer that is behind the others.
     """
     if config.model_type not in FAMILIES:
         raise ConfigError(
@@ -161,7 +205,25 @@ def plan_tower(config: Any, layers: Sequence[int], *, final_norm: bool, where: s
             f"0 to {count - 1}, or {-count} to -1"
         )
     states = tuple(layer % count for layer in layers)
-    return TowerPlan(config=config, states=states, final_norm=final_norm)
+    return TowerPlan(
+        config=config,
+        states=states,
+        final_norm=final_norm,
+        shallow_block=_shallow_block(shallow_layer, num_layers=count - 1, depth=max(states)),
+    )
+
+
+def _shallow_block(asked: int | None, *, num_layers: int, depth: int) -> int | None:
+    if asked is None:
+        block = num_layers * 3 // 8
+        return block if block < depth else None
+    if not 0 <= asked < depth:
+        known = f"ask for 0 to {depth - 1}" if depth else "leave it out"
+        raise ConfigError(
+            f"option 'shallow_layer' is {asked}, but the selected features are made by the first "
+            f"{depth} of {num_layers} layers; {known}"
+        )
+    return asked
 
 
 class Tower:
@@ -173,7 +235,7 @@ class Tower:
         prefixes: what may stand before the tower's keys in the checkpoint.
         device: where it runs.
         dtype: of its weights and results.
-        signals: names of the attention signals wanted.
+        signals: which of the plan's `attention_signals` are wanted.
 
     Raises:
         ConfigError: a needed tensor is missing, or of another shape or kind than expected.
@@ -190,52 +252,76 @@ class Tower:
         signals: frozenset[str],
     ) -> None:
         self.plan = plan
-        self._model = _skeleton(plan)
+        self._model = _skeleton(plan, signals)
         sources = _sources(self._model, checkpoint, prefixes)
         fill(self._model, checkpoint, sources, device=device, dtype=dtype)
         _restore_buffers(self._model, device)
         family = plan.family
         self._layers: Sequence[nn.Module] = list(self._model.get_submodule(family.layers))
-        self._probe = None
-        if signals:
-            attention = self._layers[-1].get_submodule(family.attention)
-            self._probe = AttentionProbe(
-                attention,
+        self._probes = {
+            block: AttentionProbe(
+                self._layers[block].get_submodule(family.attention),
                 output=family.output,
                 num_heads=plan.config.num_attention_heads,
-                signals=signals,
+                has_class=family.has_class_token,
+                signals=names,
             )
+            for block, names in plan.probed(signals).items()
+        }
 
-    def __call__(self, pixels_BCHW: Tensor) -> list[Tensor]:
-        """Return the (B, T, D) hidden states that the plan names, in its order."""
+    def __call__(self, pixels_BCHW: Tensor, start: int) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """Run the tower.
+
+        Args:
+            pixels_BCHW: normalised, of the tower's device and type.
+            start: first token whose signals are wanted.
+
+        Returns:
+            The (B, T, D) hidden states that the plan names, in its order, and the signals of the
+            tokens from `start` on, float32 as `types.SIGNALS` says.
+        """
         hidden_BTD = self._model.embeddings(pixels_BCHW)
         if self.plan.family.entry is not None:
             hidden_BTD = self._model.get_submodule(self.plan.family.entry)(hidden_BTD)
         states = {0: hidden_BTD} if 0 in self.plan.states else {}
-        for number, layer in enumerate(self._layers, start=1):
-            hidden_BTD = layer(hidden_BTD, None)
-            if number in self.plan.states:
-                states[number] = hidden_BTD
+        signals: dict[str, list[Tensor]] = {}
+        for block in range(len(self._layers)):
+            hidden_BTD = self._run(block, hidden_BTD)
+            if block + 1 in self.plan.states:
+                states[block + 1] = hidden_BTD
+            if block in self._probes:
+                # At once, so that what was caught of one layer is freed before the next one runs.
+                for name, signal in self._probes[block].take(start).items():
+                    signals.setdefault(name, []).append(signal)
         if _norms(self.plan):
-            last = self.plan.config.num_hidden_layers
+            last = self.plan.num_layers
             states[last] = self._model.get_submodule(self.plan.family.norm)(states[last])
-        return [states[index] for index in self.plan.states]
+        wanted = [states[index] for index in self.plan.states]
+        return wanted, {name: _stacked(name, found) for name, found in signals.items()}
 
-    def signals(self, start: int) -> dict[str, Tensor]:
-        """Return the signals of the call just made, for the tokens from `start` on.
+    def _run(self, block: int, hidden_BTD: Tensor) -> Tensor:
+        """Run one layer; of the one behind all states only what its signals are made of."""
+        layer = self._layers[block]
+        if block + 1 < len(self._layers) or block < self.plan.depth:
+            return layer(hidden_BTD, None)
+        norm = layer.get_submodule(self.plan.family.attention_norm)
+        self._probes[block].feed(norm(hidden_BTD))
+        return hidden_BTD
 
-        They are taken from the last layer that ran, and are float32 as `types.SIGNALS` says.
-        """
-        return self._probe.take(start) if self._probe is not None else {}
+
+def _stacked(name: str, found: list[Tensor]) -> Tensor:
+    return torch.stack(found, dim=2) if ATTENTION_SIGNALS[name].place == "each" else found[0]
 
 
-def tower_keys(plan: TowerPlan, checkpoint: Checkpoint, prefixes: Sequence[str]) -> frozenset[str]:
-    """Return the names of the stored tensors that a `Tower` reads.
+def tower_keys(
+    plan: TowerPlan, checkpoint: Checkpoint, prefixes: Sequence[str], signals: frozenset[str]
+) -> frozenset[str]:
+    """Return the names of the stored tensors that a `Tower` reads for some signals.
 
     Raises:
         ConfigError: one is missing.
     """
-    sources = _sources(_skeleton(plan), checkpoint, prefixes)
+    sources = _sources(_skeleton(plan, signals), checkpoint, prefixes)
     return frozenset(source.key for source in sources.values())
 
 
@@ -248,14 +334,14 @@ def _sources(
 
 def _norms(plan: TowerPlan) -> bool:
     """Whether the norm behind the last layer is used."""
-    is_last = plan.config.num_hidden_layers in plan.states
+    is_last = plan.num_layers in plan.states
     return plan.final_norm and plan.family.norm_is_applied and is_last
 
 
-def _skeleton(plan: TowerPlan) -> Any:  # noqa: ANN401
+def _skeleton(plan: TowerPlan, signals: frozenset[str]) -> Any:  # noqa: ANN401
     """Build the part of the tower that runs, without memory for its weights."""
     config = type(plan.config).from_dict(plan.config.to_dict())
-    config.num_hidden_layers = plan.depth
+    config.num_hidden_layers = plan.num_run(signals)
     if config.model_type == "siglip_vision_model":
         config.vision_use_head = False
     with torch.device("meta"):
@@ -264,7 +350,20 @@ def _skeleton(plan: TowerPlan) -> Any:  # noqa: ANN401
         setattr(model, plan.family.norm, nn.Identity())
     if getattr(model.embeddings, "mask_token", None) is not None:
         model.embeddings.mask_token = None  # used in pre-training only
+    if config.num_hidden_layers > plan.depth:
+        last = model.get_submodule(plan.family.layers)[-1]
+        _reduce_to_maps(last, plan.family, plan.probed(signals)[config.num_hidden_layers - 1])
     return model.eval()
+
+
+def _reduce_to_maps(layer: nn.Module, family: Family, signals: frozenset[str]) -> None:
+    """Take from a layer all that its own signals are not made of."""
+    attention = layer.get_submodule(family.attention)
+    maps = linear_maps(signals, output=family.output).values()
+    for module, kept in ((layer, (family.attention, family.attention_norm)), (attention, maps)):
+        for name, _ in list(module.named_children()):
+            if name not in kept:
+                setattr(module, name, nn.Identity())
 
 
 def _restore_buffers(model: nn.Module, device: torch.device | str) -> None:

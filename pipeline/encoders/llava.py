@@ -3,8 +3,8 @@
 Source: H. Liu et al., Improved Baselines with Visual Instruction Tuning, arXiv 2310.03744; the
     model class is transformers' `LlavaModel`, whose `get_image_features` this equals.
 Signals: of the tower, from the attention of the layer that makes the selected features (the
-    deepest, where several are selected); of the language model, from its first `llm_layers` layers
-    under a fixed prompt.
+    deepest, where several are selected), of an early one and of the last one; of the projector, its
+    gain; of the language model, from its first `llm_layers` layers under a fixed prompt.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,6 +24,7 @@ from pipeline.encoders._llm_prefix import (
     llm_signals,
     tokenize_prompt,
 )
+from pipeline.encoders._sensitivity import ProjectorSensitivity
 from pipeline.encoders._tower import Tower, TowerPlan, plan_tower, tower_keys
 from pipeline.encoders._weights import Checkpoint, Reads, Source, fill, locate
 from pipeline.errors import ConfigError
@@ -38,6 +39,7 @@ _TOWER_PREFIXES = tuple(
 _TOWER_SETTINGS = ("vision_config", "vision_feature_layer", "vision_feature_select_strategy")
 _PROJECTOR_SETTINGS = ("projector_hidden_act", "multimodal_projector_bias")
 _LLM_SETTINGS = ("text_config",)
+_PROJECTOR_SIGNALS = frozenset({"projector_sensitivity"})
 _PROJECTOR_PREFIXES = ("model.multi_modal_projector.", "multi_modal_projector.")
 
 
@@ -70,9 +72,9 @@ class Llava(ImageEncoder):
 
     @property
     def yields(self) -> frozenset[str]:
-        """The tower's signals, and the language model's where it is of a known kind."""
-        text_config = self._config.text_config
-        return self._plan.attention_signals | llm_signals(text_config, self.llm_layers)
+        """The tower's and the projector's, and the language model's where its kind is known."""
+        of_llm = llm_signals(self._config.text_config, self.llm_layers)
+        return self._plan.attention_signals | _PROJECTOR_SIGNALS | of_llm
 
     @property
     def width(self) -> int:
@@ -108,6 +110,7 @@ class Llava(ImageEncoder):
             [layers] if isinstance(layers, int) else layers,
             final_norm=False,
             where="vision_feature_layer",
+            shallow_layer=self.shallow_layer,
         )
 
     def _grid(self, height: int, width: int) -> tuple[int, int]:
@@ -124,7 +127,8 @@ class Llava(ImageEncoder):
     def _reads(self, signals: frozenset[str]) -> Reads:
         config, checkpoint = self._config, self._checkpoint
         used = set(_TOWER_SETTINGS)
-        keys = tower_keys(self._plan, checkpoint, _TOWER_PREFIXES)
+        of_tower = signals & self._plan.attention_signals
+        keys = tower_keys(self._plan, checkpoint, _TOWER_PREFIXES, of_tower)
         rows: Mapping[str, Sequence[int]] = {}
         if self._needs_projector(signals):
             used |= {*_PROJECTOR_SETTINGS}
@@ -141,8 +145,11 @@ class Llava(ImageEncoder):
         settings = {k: v for k, v in checkpoint.config.items() if k in used}
         return Reads(settings=settings, keys=keys, rows=rows)
 
-    def _needs_projector(self, signals: frozenset[str]) -> bool:
+    def _runs_projector(self, signals: frozenset[str]) -> bool:
         return self.stage == "projected" or bool(signals & LLM_SIGNALS)
+
+    def _needs_projector(self, signals: frozenset[str]) -> bool:
+        return self._runs_projector(signals) or bool(signals & _PROJECTOR_SIGNALS)
 
     def _load_model(
         self, *, device: torch.device, dtype: torch.dtype, signals: frozenset[str]
@@ -154,13 +161,17 @@ class Llava(ImageEncoder):
             prefixes=_TOWER_PREFIXES,
             device=device,
             dtype=dtype,
-            signals=signals - LLM_SIGNALS,
+            signals=signals & self._plan.attention_signals,
         )
-        projector = llm = None
+        projector = llm = sensitivity = None
         if self._needs_projector(signals):
             projector = _projector(config)
             sources = _projector_sources(projector, checkpoint)
             fill(projector, checkpoint, sources, device=device, dtype=dtype)
+            if signals & _PROJECTOR_SIGNALS:
+                sensitivity = ProjectorSensitivity(projector)
+            if not self._runs_projector(signals):
+                projector = None
         if signals & LLM_SIGNALS:
             llm = LlmPrefix(
                 config.text_config,
@@ -175,6 +186,7 @@ class Llava(ImageEncoder):
             first_token=self._first_token,
             projector=projector,
             llm=llm,
+            sensitivity=sensitivity,
             signals=signals,
             gives_projected=self.stage == "projected",
         )
@@ -188,13 +200,15 @@ class _LoadedLlava:
     first_token: int
     projector: nn.Module | None
     llm: LlmPrefix | None
+    sensitivity: ProjectorSensitivity | None
     signals: frozenset[str]
     gives_projected: bool
 
     def __call__(self, pixels_BCHW: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        states = [state_BTD[:, self.first_token :] for state_BTD in self.tower(pixels_BCHW)]
-        features_BND = torch.cat(states, dim=-1)
-        signals = self.tower.signals(self.first_token)
+        states, signals = self.tower(pixels_BCHW, self.first_token)
+        features_BND = torch.cat([state_BTD[:, self.first_token :] for state_BTD in states], dim=-1)
+        if self.sensitivity is not None:
+            signals["projector_sensitivity"] = self.sensitivity(features_BND)
         if self.projector is None:
             return features_BND, signals
         projected_BND = self.projector(features_BND)

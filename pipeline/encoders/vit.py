@@ -3,7 +3,8 @@
 Source: A. Radford et al., arXiv 2103.00020 (CLIP); X. Zhai et al., arXiv 2303.15343 (SigLIP);
     M. Oquab et al., arXiv 2304.07193 (DINOv2); T. Darcet et al., arXiv 2309.16588 (registers); the
     model classes are those of transformers.
-Signals: from the attention of the layer that makes the selected features.
+Signals: from the attention of the layer that makes the selected features, of an early one and of
+    the last one.
 Differs: DINOv3 and SigLIP 2 of native resolution are refused. Their attention is rotary or masked
     and their processors resize floats or pack patches; neither fits what this file promises.
 """
@@ -41,7 +42,7 @@ class Vit(ImageEncoder):
 
     @property
     def yields(self) -> frozenset[str]:
-        """Attention signals; `cls_attention` only where there is a class token."""
+        """Attention signals; those of the class token only where there is one."""
         return self._plan.attention_signals
 
     @property
@@ -60,7 +61,13 @@ class Vit(ImageEncoder):
         config = read_config(settings, model=self.model)
         if kind in _WHOLE_MODELS:
             config = config.vision_config
-        return plan_tower(config, [self.layer], final_norm=True, where="option 'layer'")
+        return plan_tower(
+            config,
+            [self.layer],
+            final_norm=True,
+            where="option 'layer'",
+            shallow_layer=self.shallow_layer,
+        )
 
     def _describe_options(self, signals: frozenset[str]) -> Mapping[str, Any]:
         return {"stage": self.stage, "layer": self._plan.states[0]}
@@ -69,7 +76,7 @@ class Vit(ImageEncoder):
         config = self._checkpoint.config
         return Reads(
             settings=config["vision_config"] if config["model_type"] in _WHOLE_MODELS else config,
-            keys=tower_keys(self._plan, self._checkpoint, _PREFIXES),
+            keys=tower_keys(self._plan, self._checkpoint, _PREFIXES, signals),
         )
 
     def _load_model(
@@ -86,7 +93,7 @@ class Vit(ImageEncoder):
         first = self._plan.num_prefix
 
         def run(pixels_BCHW: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            (state_BTD,) = tower(pixels_BCHW)
-            return state_BTD[:, first:].contiguous(), tower.signals(first)
+            (state_BTD,), found = tower(pixels_BCHW, first)
+            return state_BTD[:, first:].contiguous(), found
 
         return run

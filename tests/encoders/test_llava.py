@@ -8,6 +8,7 @@ import torch
 
 from pipeline import encoders
 from pipeline.errors import ConfigError, MissingSignalError, PipelineError
+from pipeline.types import SIGNALS
 from tests.encoders.tiny_models import (
     IMAGE_ID,
     photo,
@@ -18,16 +19,7 @@ from tests.encoders.tiny_models import (
 )
 
 IMAGES = [photo("coffee"), photo("chelsea"), photo("coffee")[:90, 200:500]]
-ALL_SIGNALS = frozenset(
-    {
-        "cls_attention",
-        "received_attention",
-        "keys",
-        "attention_output",
-        "llm_hidden",
-        "llm_attention",
-    }
-)
+ALL_SIGNALS = frozenset(SIGNALS)
 
 
 def encode(path, *, signals=frozenset(), images=IMAGES, **options):
@@ -251,7 +243,7 @@ def test_embeddings_alone_yield_no_tower_attention(tmp_path):
 
     encoder = encoders.build("llava", {"model": str(tmp_path)})
 
-    assert encoder.yields == {"llm_hidden", "llm_attention"}
+    assert encoder.yields == {"llm_hidden", "llm_attention", "projector_sensitivity"}
     assert encode(tmp_path).features.shape == (3, 16, 32)
 
 
