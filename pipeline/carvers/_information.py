@@ -5,22 +5,19 @@ Scores come from an eigen-decomposition of the smaller Gram matrix in float64, n
 (`benchmarks/tokencarve_svd.md`).
 """
 
-import functools
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
 from torch import Tensor
+
+from pipeline.carvers import _image_pool
 
 Values = TypeVar("Values", Tensor, NDArray[np.float64])
 
 _CHUNK_BYTES = 512 * 2**20  # of float64 copies made at once on a GPU: 27 images of 576 x 4096
 _EPSILON = float(np.finfo(np.float64).eps)
-_one_blas_thread = threading.Lock()  # the limit holds for the whole process
 
 
 def contributions(matrix_BND: Tensor) -> Tensor:
@@ -56,17 +53,11 @@ def _batch_scores(matrix_BND: Tensor) -> Tensor:
 
 
 def _contributions_by_image(matrix_BND: Tensor) -> Tensor:
-    """Compute the same in NumPy: there X X^T costs half a product, and `eigh` is faster.
-
-    An image is too little work for several cores, so each image gets one. It also makes the
-    result independent of the number of threads.
-    """
+    """Compute the same in NumPy: there X X^T costs half a product, and `eigh` is faster."""
     scores_BN = torch.empty(matrix_BND.shape[:2])
-    workers = max(1, min(len(matrix_BND), torch.get_num_threads()))
-    with _one_blas_thread, _blas().limit(limits=1), ThreadPoolExecutor(workers) as pool:
-        each = pool.map if workers > 1 else map
-        for row_N, scores_N in zip(scores_BN, each(_image_scores, matrix_BND), strict=True):
-            row_N.copy_(torch.from_numpy(scores_N))
+    each = _image_pool.map_images(_image_scores, matrix_BND)
+    for row_N, scores_N in zip(scores_BN, each, strict=True):
+        row_N.copy_(torch.from_numpy(scores_N))
     return scores_BN
 
 
@@ -88,8 +79,3 @@ def _floor(squares_N: Values) -> Values:
     add noise that breaks ties between equal tokens.
     """
     return squares_N[..., -1:] * (squares_N.shape[-1] * _EPSILON)
-
-
-@functools.cache
-def _blas() -> ThreadpoolController:
-    return ThreadpoolController().select(user_api="blas")
