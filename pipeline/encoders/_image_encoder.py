@@ -13,8 +13,9 @@ from torch import Tensor
 
 from pipeline.encoders._base import Encoder, Pixels
 from pipeline.encoders._preprocess import Preprocessor, read_preprocessor
+from pipeline.encoders._resize import Backend
 from pipeline.encoders._signals import SHALLOW_SIGNALS
-from pipeline.encoders._tower import TowerPlan
+from pipeline.encoders._tower_plan import TowerPlan
 from pipeline.encoders._weights import Checkpoint, Reads, find_place
 from pipeline.errors import ConfigError, EncodeError, MissingSignalError, PipelineError
 from pipeline.types import VisualTokens
@@ -39,6 +40,9 @@ class ImageEncoder(Encoder):
         model: local directory of a checkpoint, or id of a hub repository.
         revision: branch, tag or commit of a hub repository; None is its default branch. Give a
             commit to be sure that every process of a long run reads the same weights.
+        resize: backend of transformers' image processors whose pixels the model is given.
+            `torchvision` is what transformers takes wherever that package is installed; it is
+            not needed here. `pillow` is what it takes elsewhere, and what its `*Pil` classes do.
         shallow_layer: index from 0 of the tower layer that `shallow_attention` and `shallow_keys`
             are taken from, at most that of the selected features; None for three eighths of the
             tower, the tenth of 24 layers, and then a tower cut shorter than that gives neither.
@@ -46,6 +50,7 @@ class ImageEncoder(Encoder):
 
     model: str = ""
     revision: str | None = None
+    resize: Backend = "torchvision"
     shallow_layer: int | None = None
 
     def __post_init__(self) -> None:
@@ -105,7 +110,7 @@ class ImageEncoder(Encoder):
 
     @cached_property
     def _preprocessor(self) -> Preprocessor:
-        return read_preprocessor(self._checkpoint.processor, model=self.model)
+        return read_preprocessor(self._checkpoint.processor, model=self.model, backend=self.resize)
 
     def _check_model(self) -> None:
         """Raise what is wrong with the config or the processor, before weights are read."""
@@ -123,6 +128,7 @@ class ImageEncoder(Encoder):
         return {
             "model": f"local:{kind}" if self._checkpoint.is_local else self.model,
             "revision": self._checkpoint.revision,
+            "resize": self.resize,
             **self._describe_options(signals),
             **({"shallow_layer": self._plan.shallow_block} if signals & SHALLOW_SIGNALS else {}),
             "digest": self._checkpoint.digest(lambda: self._reads(signals)),

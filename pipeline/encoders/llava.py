@@ -25,7 +25,8 @@ from pipeline.encoders._llm_prefix import (
     tokenize_prompt,
 )
 from pipeline.encoders._sensitivity import ProjectorSensitivity
-from pipeline.encoders._tower import Tower, TowerPlan, plan_tower, tower_keys
+from pipeline.encoders._tower import Tower, tower_keys
+from pipeline.encoders._tower_plan import TowerPlan, plan_tower
 from pipeline.encoders._weights import Checkpoint, Reads, Source, fill, locate
 from pipeline.errors import ConfigError
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from pipeline.encoders._image_encoder import ImageEncoder, LoadedModel, read_config
-from pipeline.encoders._tower import FAMILIES, Tower, TowerPlan, plan_tower, tower_keys
+from pipeline.encoders._tower import Tower, tower_keys
+from pipeline.encoders._tower_plan import FAMILIES, TowerPlan, plan_tower
 from pipeline.encoders._weights import Reads
 from pipeline.errors import ConfigError
 
