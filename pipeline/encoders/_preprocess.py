@@ -1,13 +1,12 @@
 """From an image of any size to the pixels a tower takes, as the model's own processor makes them.
 
-The geometry (pad, resize, crop) happens in uint8 with Pillow, the arithmetic (rescale, normalise)
-in torch on the device: a prepared image is a quarter of the size of its floats. Which defaults
-hold for a setting that a checkpoint leaves out is asked of the processor classes of transformers.
+The geometry (pad, resize, crop) happens in uint8 on the CPU, the arithmetic (rescale, normalise) in
+torch on the device: a prepared image is a quarter of the size of its floats. Which defaults hold
+for a setting that a checkpoint leaves out is asked of the processor classes of transformers.
 """
 
 import functools
 import importlib
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.encoders._base import Pixels
-from pipeline.errors import ConfigError, EncodeError
+from pipeline.encoders._resize import RESIZERS, TORCH_FILTERS, Backend, check_pixels
+from pipeline.errors import ConfigError
 
 _PROCESSORS: Mapping[str, str] = {
     "BitImageProcessor": "bit",
@@ -58,9 +58,6 @@ _WITHOUT_EFFECT = frozenset(
         "transformers_version",
     ]
 )
-# Beyond this many times the cropped area, only the cropped part is resized.
-_MAX_WASTE = 4
-_MAX_PIXELS = 2**27  # of one intermediate image: 512 MiB in Pillow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +67,7 @@ class Preprocessor:
     Sizes are (rows, columns). A step that is None is left out.
     """
 
+    backend: Backend  # of transformers, whose pixels these are
     pad_color: tuple[int, int, int] | None  # pad to a square first
     shortest_edge: int | None  # resize to this, keeping the proportions; or
     size: tuple[int, int] | None  # resize to exactly this
@@ -89,10 +87,12 @@ class Preprocessor:
     def prepare(self, image: Pixels) -> Pixels:
         """Pad, resize and crop one (H, W, 3) uint8 image; may run in several threads at once.
 
-        The result equals the processor's own before rescaling, with one exception: an image so
-        elongated that more than three quarters of the resized image would be cut off is resized
-        in the cropped part only, in two calls. Photographs then differ by 1 of 255 at most; on
-        pixel noise in images taller than four times their width up to 31 of 255 were seen.
+        The result equals that of the backend of transformers before it rescales, with two
+        exceptions. On an x86 CPU without AVX2 torchvision resizes bilinearly by way of floats;
+        here the pixels are the same on every CPU. With Pillow an image so elongated that more
+        than three quarters of the resized image would be cut off is resized in the cropped part
+        only, in two calls. Photographs then differ by 1 of 255 at most; on pixel noise in images
+        taller than four times their width up to 31 of 255 were seen.
 
         Raises:
             EncodeError: the image is so elongated that it would fill memory on the way.
@@ -101,12 +101,9 @@ class Preprocessor:
             image = _pad_to_square(image, self.pad_color)
         target = self._resized(*image.shape[:2])
         if target is not None and target != image.shape[:2]:
-            if self._is_wasteful(target):
-                image = self._resize_part(image, target)
-            else:
-                image = self._resize(image, target)
+            image = RESIZERS[self.backend](image, target, self.resample, self.crop)
         if self.crop is not None and self.crop != image.shape[:2]:
-            image = _center_crop(image, self.crop)
+            image = _center_crop(image, self.crop, self.backend)
         return np.ascontiguousarray(image)
 
     def normalise(self, pixels_BHWC: Tensor) -> Tensor:
@@ -127,43 +124,6 @@ class Preprocessor:
         edges = (self.shortest_edge, int(self.shortest_edge * long / short))
         return edges if height <= width else edges[::-1]
 
-    def _is_wasteful(self, target: tuple[int, int]) -> bool:
-        if self.crop is None or self.crop[0] > target[0] or self.crop[1] > target[1]:
-            return False
-        return math.prod(target) > _MAX_WASTE * math.prod(self.crop)
-
-    def _resize(self, image: Pixels, target: tuple[int, int]) -> Pixels:
-        height, width = target
-        _check_pixels(max(height, image.shape[0]), width, image)  # Pillow resizes rows first
-        resized = Image.fromarray(image).resize((width, height), self.resample)
-        if self.crop is not None and self.crop[0] <= height and self.crop[1] <= width:
-            top, left = (height - self.crop[0]) // 2, (width - self.crop[1]) // 2
-            resized = resized.crop((left, top, left + self.crop[1], top + self.crop[0]))
-        return np.asarray(resized)
-
-    def _resize_part(self, image: Pixels, target: tuple[int, int]) -> Pixels:
-        """Resize as if to `target` and crop, but compute only what the crop keeps.
-
-        In two steps, columns then rows, because that is the order of Pillow's own two passes.
-        """
-        assert self.crop is not None
-        rows, columns = self.crop
-        x_scale, y_scale = image.shape[1] / target[1], image.shape[0] / target[0]
-        left, top = (target[1] - columns) // 2 * x_scale, (target[0] - rows) // 2 * y_scale
-        right, bottom = left + columns * x_scale, top + rows * y_scale
-        # Rows beyond the part that the widest filter (Lanczos, 3) still reaches.
-        margin = math.ceil(3 * max(1.0, y_scale)) + 1
-        first = max(0, math.floor(top) - margin)
-        last = min(image.shape[0], math.ceil(bottom) + margin)
-        _check_pixels(last - first, columns, image)
-        strip = Image.fromarray(image[first:last])
-        strip = strip.resize((columns, rows_in := last - first), self.resample,
-                             box=(left, 0, right, rows_in))  # fmt: skip
-        part = strip.resize(
-            (columns, rows), self.resample, box=(0, top - first, columns, bottom - first)
-        )
-        return np.asarray(part)
-
 
 @functools.lru_cache(maxsize=64)
 def _per_channel(values: tuple[float, float, float], device: torch.device) -> Tensor:
@@ -172,12 +132,13 @@ def _per_channel(values: tuple[float, float, float], device: torch.device) -> Te
         return torch.tensor(values, device=device).view(1, 3, 1, 1)
 
 
-def read_preprocessor(settings: Mapping[str, Any], *, model: str) -> Preprocessor:
+def read_preprocessor(settings: Mapping[str, Any], *, model: str, backend: Backend) -> Preprocessor:
     """Read an image processor's settings as a checkpoint holds them.
 
     Args:
         settings: content of `preprocessor_config.json`.
         model: named in messages.
+        backend: of transformers, whose pixels are wanted.
 
     Raises:
         ConfigError: a setting is not supported; it is named.
@@ -197,12 +158,17 @@ def read_preprocessor(settings: Mapping[str, Any], *, model: str) -> Preprocesso
         ) from err
     mean, std = _triple(own.image_mean), _triple(own.image_std)
     shortest_edge, size = _resize_target(own, model) if own.do_resize else (None, None)
+    resample = _resample(own.resample, model)
+    if own.do_resize and backend == "torchvision" and resample not in TORCH_FILTERS:
+        remedy = "torch has no such filter, set the encoder's option 'resize: pillow'"
+        raise _unsupported("resample", resample, model, remedy)
     pads = bool(own.do_pad) and kind == "LlavaImageProcessor"
     return Preprocessor(
+        backend=backend,
         pad_color=_pad_color(own.image_mean) if pads else None,
         shortest_edge=shortest_edge,
         size=size,
-        resample=_resample(own.resample, model),
+        resample=resample,
         crop=(own.crop_size.height, own.crop_size.width) if own.do_center_crop else None,
         scale=float(own.rescale_factor) if own.do_rescale else 1.0,
         mean=mean if own.do_normalize else (0.0, 0.0, 0.0),
@@ -272,7 +238,7 @@ def _pad_to_square(image: Pixels, color: tuple[int, int, int]) -> Pixels:
     if height == width:
         return image
     edge = max(height, width)
-    _check_pixels(edge, edge, image)
+    check_pixels(edge, edge, image)
     padded = np.empty((edge, edge, 3), dtype=np.uint8)
     padded[:] = color
     top, left = (edge - height) // 2, (edge - width) // 2
@@ -280,23 +246,15 @@ def _pad_to_square(image: Pixels, color: tuple[int, int, int]) -> Pixels:
     return padded
 
 
-def _center_crop(image: Pixels, crop: tuple[int, int]) -> Pixels:
+def _center_crop(image: Pixels, crop: tuple[int, int], backend: Backend) -> Pixels:
     (height, width), (rows, columns) = image.shape[:2], crop
     top, left = (height - rows) // 2, (width - columns) // 2
     if top < 0 or left < 0:
-        # The image is put off-centre by half a pixel where the missing part is odd, as upstream.
-        above, before = math.ceil(max(0, rows - height) / 2), math.ceil(max(0, columns - width) / 2)
+        # Where the missing part is odd, the backends put its larger half on opposite sides.
+        half_up = 1 if backend == "pillow" else 0
+        above = (max(0, rows - height) + half_up) // 2
+        before = (max(0, columns - width) + half_up) // 2
         canvas = np.zeros((max(height, rows), max(width, columns), 3), dtype=np.uint8)
         canvas[above : above + height, before : before + width] = image
         image, top, left = canvas, max(0, top + above), max(0, left + before)
     return image[top : top + rows, left : left + columns]
-
-
-def _check_pixels(height: int, width: int, image: Pixels) -> None:
-    if height * width > _MAX_PIXELS:
-        raise EncodeError(
-            f"image of {image.shape[0]} x {image.shape[1]} pixels is too elongated: it would be "
-            f"{height} x {width} on its way to the model",
-            key="",
-            reason="too_elongated",
-        )

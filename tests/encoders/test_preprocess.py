@@ -64,7 +64,7 @@ SETTINGS = {
 
 
 def ours(settings, image):
-    preprocessor = read_preprocessor(settings, model="tiny")
+    preprocessor = read_preprocessor(settings, model="tiny", backend="pillow")
     prepared = preprocessor.prepare(image)
     assert prepared.dtype == np.uint8 and prepared.flags.c_contiguous
     return preprocessor.normalise(torch.from_numpy(prepared.copy())[None])[0]
@@ -117,7 +117,7 @@ def test_an_image_too_elongated_for_memory_is_refused_as_a_sample(settings):
     image = np.zeros((1, 3_000_000, 3), dtype=np.uint8)
 
     with pytest.raises(EncodeError, match="1 x 3000000 pixels is too elongated") as caught:
-        read_preprocessor(settings, model="tiny").prepare(image)
+        read_preprocessor(settings, model="tiny", backend="pillow").prepare(image)
     assert caught.value.reason == "too_elongated"
 
 
@@ -125,9 +125,9 @@ def test_a_whole_processor_file_of_transformers_is_understood(tmp_path):
     _, processor = theirs(tmp_path, SETTINGS["llava, padded"], COFFEE)
     written = processor.to_dict()
 
-    preprocessor = read_preprocessor(written, model="tiny")
+    preprocessor = read_preprocessor(written, model="tiny", backend="pillow")
 
-    assert preprocessor == read_preprocessor(SETTINGS["llava, padded"], model="tiny")
+    assert preprocessor == read_preprocessor(SETTINGS["llava, padded"], model="tiny", backend="pillow")
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_a_whole_processor_file_of_transformers_is_understood(tmp_path):
 )
 def test_a_setting_that_is_not_supported_is_named(change, named):
     with pytest.raises(ConfigError, match=named):
-        read_preprocessor({**CLIP, **change}, model="tiny")
+        read_preprocessor({**CLIP, **change}, model="tiny", backend="pillow")
 
 
 def test_the_input_is_not_written_to():
@@ -162,7 +162,7 @@ def test_the_input_is_not_written_to():
 
 
 def test_threads_get_the_same_pixels():
-    preprocessor = read_preprocessor(CLIP, model="tiny")
+    preprocessor = read_preprocessor(CLIP, model="tiny", backend="pillow")
     images = list(SHAPES.values()) * 4
 
     with ThreadPoolExecutor(4) as threads:
@@ -175,7 +175,7 @@ def test_threads_get_the_same_pixels():
 
 
 def clip_preprocessor(mean):
-    return read_preprocessor({**CLIP, "image_mean": mean}, model="tiny")
+    return read_preprocessor({**CLIP, "image_mean": mean}, model="tiny", backend="pillow")
 
 
 class Calls(TorchDispatchMode):
