@@ -23,7 +23,7 @@ ALL_SIGNALS = frozenset(SIGNALS)
 
 
 def encode(path, *, signals=frozenset(), images=IMAGES, **options):
-    encoder = encoders.build("llava", {"model": str(path), **options})
+    encoder = encoders.build("llava", {"model": str(path), "resize": "pillow", **options})
     encoder.load(signals=frozenset(signals))
     (tokens,) = encoder.encode(images)
     return tokens

@@ -27,7 +27,7 @@ GRID = {"clip": (4, 4), "siglip": (4, 4)}
 
 
 def encode(path, *, signals=frozenset(), images=IMAGES, **options):
-    encoder = encoders.build("vit", {"model": str(path), **options})
+    encoder = encoders.build("vit", {"model": str(path), "resize": "pillow", **options})
     encoder.load(signals=frozenset(signals))
     return encoder.encode(images)
 
