@@ -139,8 +139,7 @@ class _Carve:
         by_rank = torch.from_numpy(order).to(carved.features.device)
         packed = self.job.codec.pack(carved.features[by_rank])
         aux = row.pack_aux(
-            packed.tokens,
-            packed.aux,
+            packed,
             positions=carved.positions.cpu().numpy()[order].astype(np.uint32),
             sizes=carved.sizes.cpu().numpy()[order].astype(np.float32),
         )

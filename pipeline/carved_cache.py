@@ -176,7 +176,8 @@ def unpack_images(
     if not stored:
         return []
     packed = [
-        PackedTokens(tokens=s.tokens, aux=s.codec_aux, num_tokens=s.num_tokens) for s in stored
+        PackedTokens(tokens=s.tokens, aux=s.codec_aux, num_tokens=s.num_tokens, head=s.head)
+        for s in stored
     ]
     features = codec.unpack(packed, device=device, dtype=dtype)
     pieces = torch.split(features, [s.num_tokens for s in stored])

@@ -284,7 +284,7 @@ class ShardPipeline:
         writer.write(row)
         tally.num_written += 1
         tally.tokens_kept += row.packed.num_tokens
-        tally.bytes_tokens += len(row.packed.tokens) + len(row.packed.aux)
+        tally.bytes_tokens += len(row.packed.tokens) + len(row.packed.aux) + len(row.packed.head)
         tally.bytes_tokens += 8 * row.packed.num_tokens  # positions and sizes
         tally.seconds["write"] += time.perf_counter() - started
 

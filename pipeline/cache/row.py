@@ -1,12 +1,14 @@
 """The bytes of one image: its tokens and, beside them, what is needed to read any prefix.
 
-Tokens are stored most important first, each packed on its own. `aux` of format version 1, all
-little-endian, for K tokens of a codec with A aux bytes a token:
+Tokens are stored most important first, all of one length. `aux` of format version 1, all
+little-endian, for K tokens of a codec with A aux bytes a token and a head of H bytes:
 
-    uint8   layout, always 1
+    uint8   layout: 2 where there is a head, 1 where there is none
     uint8   A
     uint16  T, tokens per checksum block
     uint32  K
+    uint32  H                only in layout 2
+    byte    head[H]          only in layout 2: what every prefix of the tokens needs
     uint32  positions[K]     where each token came from
     float32 sizes[K]         how many source tokens it stands for
     byte    codec_aux[K][A]
@@ -22,9 +24,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import CacheFormatError
+from pipeline.types import PackedTokens
 
 BLOCK_TOKENS = 16
 _HEADER = struct.Struct("<BBHI")
+_HEAD_LENGTH = struct.Struct("<I")
 _CRC = struct.Struct("<I")
 
 
@@ -37,11 +41,11 @@ class StoredTokens:
     positions: NDArray[np.uint32]  # (num_tokens,)
     sizes: NDArray[np.float32]  # (num_tokens,)
     num_tokens: int
+    head: bytes  # the same for every prefix; empty where the codec needs none
 
 
 def pack_aux(
-    tokens: bytes,
-    codec_aux: bytes,
+    packed: PackedTokens,
     *,
     positions: NDArray[np.uint32],
     sizes: NDArray[np.float32],
@@ -49,16 +53,19 @@ def pack_aux(
     """Return the `aux` bytes of one row.
 
     Args:
-        tokens: K packed tokens of equal length, most important first.
-        codec_aux: K * A bytes in the same order.
+        packed: K tokens of equal length, most important first.
         positions: (K,), in the same order.
         sizes: (K,), in the same order.
     """
+    tokens, codec_aux, head = packed.tokens, packed.aux, packed.head
     count = len(positions)
     block = BLOCK_TOKENS * (len(tokens) // count)
+    # Layout 1 has no room for a head; rows without one keep it, and their bytes.
+    layout = 2 if head else 1
     body = b"".join(
         (
-            _HEADER.pack(1, len(codec_aux) // count, BLOCK_TOKENS, count),
+            _HEADER.pack(layout, len(codec_aux) // count, BLOCK_TOKENS, count),
+            _HEAD_LENGTH.pack(len(head)) + head if head else b"",
             positions.astype("<u4", copy=False).tobytes(),
             sizes.astype("<f4", copy=False).tobytes(),
             codec_aux,
@@ -117,16 +124,22 @@ def unpack_row(
     if google_crc32c.value(body) != stored_crc:
         raise CacheFormatError(f"{where}: aux does not match its checksum; the file is damaged")
     layout, aux_bytes, block_tokens, count = _HEADER.unpack_from(body)
+    start, head = _HEADER.size, b""
+    if layout == 2 and len(body) >= start + _HEAD_LENGTH.size:
+        (head_length,) = _HEAD_LENGTH.unpack_from(body, start)
+        start += _HEAD_LENGTH.size
+        head = body[start : start + head_length]
+        start += head_length
     num_blocks = -(-count // block_tokens) if block_tokens else 0
-    expected = _HEADER.size + count * (8 + aux_bytes) + 4 * num_blocks
-    if layout != 1 or not count or expected != len(body) or tokens_length % count:
+    expected = start + count * (8 + aux_bytes) + 4 * num_blocks
+    if layout not in (1, 2) or not count or expected != len(body) or tokens_length % count:
         raise CacheFormatError(
             f"{where}: aux layout {layout} with {count} tokens in {len(body)} bytes is not known; "
             "a newer version of this package may read it"
         )
-    positions = np.frombuffer(body, "<u4", count, _HEADER.size)
-    sizes = np.frombuffer(body, "<f4", count, _HEADER.size + 4 * count)
-    codec_start = _HEADER.size + 8 * count
+    positions = np.frombuffer(body, "<u4", count, start)
+    sizes = np.frombuffer(body, "<f4", count, start + 4 * count)
+    codec_start = start + 8 * count
     crcs = np.frombuffer(body, "<u4", num_blocks, codec_start + aux_bytes * count)
     keep = count if keep_tokens is None else min(keep_tokens, count)
     token_bytes = tokens_length // count
@@ -137,6 +150,7 @@ def unpack_row(
         positions=positions[:keep],
         sizes=sizes[:keep],
         num_tokens=keep,
+        head=head,
     )
 
 

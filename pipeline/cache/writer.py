@@ -236,10 +236,7 @@ class _Part:
         )
 
     def write_row_group(self, rows: Sequence[RowToWrite], columns: Sequence[str]) -> None:
-        aux = [
-            row.pack_aux(r.packed.tokens, r.packed.aux, positions=r.positions, sizes=r.sizes)
-            for r in rows
-        ]
+        aux = [row.pack_aux(r.packed, positions=r.positions, sizes=r.sizes) for r in rows]
         values: list[Sequence[Any]] = [
             [r.key for r in rows],
             [r.content_hash for r in rows],

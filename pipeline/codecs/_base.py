@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import ConfigDict
@@ -17,8 +17,9 @@ class Codec(ABC):
     """Packs (K, D) features so that any prefix of tokens can be unpacked alone.
 
     A subclass is a frozen dataclass whose fields are its options, every one with a default.
-    Numbers are stored little-endian. What is stored for a token depends on that token and the
-    options only, so any cut of `tokens` and `aux` at a whole token unpacks to the same values.
+    Numbers are stored little-endian. What a token unpacks to depends on its own bytes in `tokens`
+    and `aux`, the `head` of its image and the options only, so any cut of `tokens` and `aux` at a
+    whole token, with the whole head, unpacks to the same values.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -26,29 +27,40 @@ class Codec(ABC):
     aux_bytes: ClassVar[int] = 0
     """Bytes per token beside the codes (a scale, say)."""
 
+    whole_image: ClassVar[bool] = False
+    """Whether what is stored for a token depends on the other tokens of its image too. Where it
+    does not, the head depends on the width alone."""
+
+    error_of: ClassVar[Literal["token", "image", "image_rms"]] = "token"
+    """What `max_error` bounds. `token`: each |unpacked - original|, relative to the largest |value|
+    of its token. `image`: the same, relative to the largest |value| of its image. `image_rms`: the
+    root mean square of unpacked - original over an image, relative to its largest |value|."""
+
     smallest: ClassVar[float] = 0.0
-    """Where the stored type runs out: in `max_error`, a token whose largest |value| is below
-    this counts as one of this size."""
+    """Where the stored type runs out: in `max_error`, a token or image whose largest |value| is
+    below this counts as one of this size."""
 
     @property
     @abstractmethod
     def max_error(self) -> float:
-        """Largest |unpacked - original| of a token, relative to its largest |value|.
+        """Largest error of the kind that `error_of` names.
 
-        A guarantee for every token, not a typical value. Features of 64 bits are rounded to
-        float32 first, and the error is counted from there.
+        A guarantee for all features that `pack` takes, not a typical value; how it is proven
+        stands with each codec. Features of 64 bits are rounded to float32 first, and the error is
+        counted from there.
         """
 
     @abstractmethod
     def token_bytes(self, width: int) -> int:
-        """Return the bytes that the codes of one token of `width` features take."""
+        """Return the bytes of `tokens` that one token of `width` features takes."""
 
     @abstractmethod
     def pack(self, features: Tensor) -> PackedTokens:
         """Pack the tokens of one image in the order given.
 
         Args:
-            features: (K, D), K and D at least 1, any float dtype, any device, finite.
+            features: (K, D), K and D at least 1, most important token first, any float dtype,
+                any device, finite.
 
         Raises:
             NonFiniteError: a value is NaN or infinite, or does not fit the stored type.
@@ -76,5 +88,5 @@ class Codec(ABC):
 
         Raises:
             CacheFormatError: no images, an image without tokens, lengths that do not fit the
-                number of tokens, or images of different widths.
+                number of tokens, a damaged head, or images of different widths.
         """

@@ -88,6 +88,11 @@ def _width(image: PackedTokens, index: int, itemsize: int, aux_bytes: int) -> in
             f"image {index} has {len(image.tokens)} bytes of codes for {count} tokens, expected "
             f"a multiple of {count * itemsize}; the row is damaged or of another codec"
         )
+    if image.head:
+        raise CacheFormatError(
+            f"image {index} has a head of {len(image.head)} bytes, expected none; "
+            "the row is of another codec"
+        )
     if len(image.aux) != count * aux_bytes:
         raise CacheFormatError(
             f"image {index} has {len(image.aux)} bytes beside the codes of {count} tokens, "

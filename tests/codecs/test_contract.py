@@ -49,15 +49,23 @@ def prefix(packed: PackedTokens, count: int, codec: codecs.Codec, width: int) ->
         tokens=packed.tokens[: count * codec.token_bytes(width)],
         aux=packed.aux[: count * codec.aux_bytes],
         num_tokens=count,
+        head=packed.head,
     )
 
 
 def assert_within_max_error(codec: codecs.Codec, original: Tensor) -> None:
     exact = original.double()
     unpacked = codec.unpack([codec.pack(original)]).double()
-    largest = exact.abs().amax(dim=1).clamp(min=codec.smallest)
-    error = (unpacked - exact).abs().amax(dim=1)
     assert unpacked.shape == exact.shape
+    error = (unpacked - exact).abs()
+    if codec.error_of == "token":
+        error, largest = error.amax(dim=1), exact.abs().amax(dim=1)
+    elif codec.error_of == "image":
+        error, largest = error.amax(), exact.abs().amax()
+    else:
+        assert codec.error_of == "image_rms"
+        error, largest = error.square().mean().sqrt(), exact.abs().amax()
+    largest = largest.clamp(min=codec.smallest)
     assert (error <= codec.max_error * largest).all(), (error / largest).max()
 
 
@@ -137,14 +145,19 @@ def test_a_prefix_of_the_bytes_unpacks_to_the_first_tokens(codec, width, count):
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_a_token_is_stored_the_same_alone_and_among_others(codec, width):
+def test_a_token_is_stored_the_same_alone_and_among_others_unless_declared(codec, width):
     rows = features(300, width)
 
     together = codec.pack(rows)
     alone = [codec.pack(row) for row in rows.split(1)]
 
-    assert b"".join(packed.tokens for packed in alone) == together.tokens
-    assert b"".join(packed.aux for packed in alone) == together.aux
+    heads = {packed.head for packed in (*alone, together)}
+    same = (
+        b"".join(packed.tokens for packed in alone) == together.tokens
+        and b"".join(packed.aux for packed in alone) == together.aux
+        and len(heads) == 1
+    )
+    assert same != codec.whole_image
 
 
 def test_the_number_of_threads_changes_no_bit(codec, two_threads):
@@ -253,6 +266,16 @@ def test_bytes_beside_the_codes_that_do_not_fit_are_refused(codec):
 
     with pytest.raises(CacheFormatError, match=f"expected {len(good.aux)}"):
         codec.unpack([long])
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_head_of_another_length_is_refused(codec, which):
+    good = codec.pack(features(4, 96))
+    heads = (good.head[:-1], good.head + b"\0") if good.head else (b"\0", b"\0\0\0\0")
+    damaged = dataclasses.replace(good, head=heads[which])
+
+    with pytest.raises(CacheFormatError, match="image 1 has a head of"):
+        codec.unpack([good, damaged])
 
 
 @pytest.mark.parametrize("count", [0, -1])
