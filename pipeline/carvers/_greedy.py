@@ -11,6 +11,8 @@ from torch import Tensor
 
 from pipeline.carvers import _similarity
 
+_CHUNK_VALUES = 2**17  # of float64 copies made at once
+
 
 def pick(
     num_picks: int,
@@ -66,27 +68,54 @@ def coverage(similarities_BNN: Tensor, num_picks: int, weights_BN: Tensor | None
     """Pick the token that most raises how well the picks cover all tokens (facility location).
 
     The gain of j is the sum over i of max(0, S_ij - covered_i), times the weight of j; covered_i
-    starts at 0 and becomes the largest S_ij of a pick j.
+    starts at 0 and becomes the largest S_ij of a pick j. Sums are exact, so equal tokens tie.
 
     Args:
         similarities_BNN: S; row i is the token to be covered, column j the candidate.
         num_picks: K.
         weights_BN: of the candidates; all 1 if None.
     """
+    similarities_BNN = _summable(similarities_BNN)
+    columns_BNN, rows_MN = similarities_BNN.mT, similarities_BNN.flatten(0, 1)
+    num_images, num_tokens, _ = similarities_BNN.shape
+    covered_BN = similarities_BNN.new_zeros(num_images, num_tokens)
 
-    def gains(covered_BN: Tensor) -> Tensor:
-        gains_BN = (similarities_BNN - covered_BN[:, :, None]).clamp_(min=0).sum(dim=1)
-        return gains_BN if weights_BN is None else gains_BN * weights_BN
+    def update(gains_BN: Tensor, chosen_B: Tensor) -> Tensor:
+        nonlocal covered_BN
+        raised_BN = torch.maximum(covered_BN, _similarity.row(columns_BNN, chosen_B))
+        # Gains change through these tokens only, some 20 of 576: max(0, S - c) is max(S, c) - c.
+        tokens_M = (raised_BN > covered_BN).flatten().nonzero().squeeze(1)
+        gains_BN -= (raised_BN.double() - covered_BN).sum(dim=1, keepdim=True)
+        for tokens_m in torch.split(tokens_M, max(1, _CHUNK_VALUES // num_tokens)):
+            given_mN = rows_MN.index_select(0, tokens_m).double()
+            lost_mN = given_mN.clamp(min=covered_BN.flatten()[tokens_m, None].double())
+            lost_mN -= given_mN.clamp_(min=raised_BN.flatten()[tokens_m, None].double())
+            gains_BN.index_add_(0, tokens_m // num_tokens, lost_mN, alpha=-1)
+        covered_BN = raised_BN
+        return gains_BN
 
-    columns_BNN = similarities_BNN.mT
-    return pick(
-        num_picks,
-        similarities_BNN.new_zeros(similarities_BNN.shape[:2]),
-        gains,
-        lambda covered_BN, chosen_B: torch.maximum(
-            covered_BN, _similarity.row(columns_BNN, chosen_B)
-        ),
-    )
+    def score(gains_BN: Tensor) -> Tensor:
+        return gains_BN.float() if weights_BN is None else gains_BN.float() * weights_BN
+
+    gains_BN = covered_BN.double()
+    num_rows = max(1, _CHUNK_VALUES // gains_BN.numel())
+    for part_BnN in torch.split(similarities_BNN, num_rows, dim=1):
+        gains_BN += part_BnN.clamp(min=0).sum(dim=1, dtype=torch.float64)
+    return pick(num_picks, gains_BN, score, update)
+
+
+def _summable(values_BNN: Tensor) -> Tensor:
+    """Scale and round each matrix so that float64 sums of N values, or differences, are exact.
+
+    Values end below 1, as multiples of one power of two: the last bit of float32 for a value of
+    2^-18 of the largest, where N = 576.
+    """
+    num_tokens = values_BNN.shape[1]
+    largest_B11 = values_BNN.abs().amax(dim=(1, 2), keepdim=True)
+    _, exponent_B11 = torch.frexp(largest_B11)
+    factor_B11 = torch.ldexp(torch.ones_like(largest_B11), -exponent_B11.clamp_min(-126))
+    scale = 2.0 ** (52 - num_tokens.bit_length())
+    return (values_BNN * factor_B11).mul_(scale).round_().div_(scale)
 
 
 def log_determinant(kernel_BNN: Tensor, num_picks: int) -> Tensor:
