@@ -90,10 +90,10 @@ def test_it_equals_merging_step_by_step_down_to_the_budget(metric, grid, keep):
 
 
 def test_the_most_similar_pair_is_merged_and_the_larger_token_ranks_first():
-    features = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8], [0.5, 1.0], [3.0, 0.1]])[None]
+    features = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8], [0.5, 1.0], [3.0, -1.0]])[None]
     tokens = VisualTokens(features=features, grid=(1, 5))
 
-    # Odd places are 1 and 3. Token 2 is nearest to 3, then 0 to 3; 4 is near to none of them.
+    # Odd places are 1 and 3. Token 2 is nearest to 3, then 0 to 3, nearer than 4 is.
     result = carve(tokens, metric="features", keep_tokens=3)[0]
 
     assert result.positions.tolist() == [1, 2, 4]
