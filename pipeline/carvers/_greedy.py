@@ -11,6 +11,8 @@ from torch import Tensor
 
 from pipeline.carvers import _similarity
 
+_NO_GAIN = 1e-6  # share of a token's diagonal: up to here its gain is float32 rounding
+
 _CHUNK_VALUES = 2**17  # of float64 copies made at once
 
 
@@ -121,11 +123,16 @@ def _summable(values_BNN: Tensor) -> Tensor:
 def log_determinant(kernel_BNN: Tensor, num_picks: int) -> Tensor:
     """Pick the token that most raises the determinant of the picks' kernel (greedy MAP of a DPP).
 
+    A token that the picks explain but for rounding has no gain; where no token has any, the lower
+    position is picked.
+
     Source: Chen et al., "Fast Greedy MAP Inference for Determinantal Point Process" (arXiv
     1709.05135): the Cholesky factor grows by one column a step.
     """
     num_images, num_tokens, _ = kernel_BNN.shape
     columns_BKN = kernel_BNN.new_zeros(num_images, num_picks, num_tokens)
+    gains_BN = kernel_BNN.diagonal(dim1=1, dim2=2).clone()
+    floor_BN = _NO_GAIN * gains_BN
     step = 0
 
     def update(gains_BN: Tensor, chosen_B: Tensor) -> Tensor:
@@ -133,11 +140,13 @@ def log_determinant(kernel_BNN: Tensor, num_picks: int) -> Tensor:
         index_B1 = chosen_B[:, None]
         known_BK = columns_BKN.gather(2, index_B1[:, None].expand(-1, num_picks, 1)).squeeze(2)
         explained_BN = (known_BK[:, :, None] * columns_BKN).sum(dim=1)
-        root_B1 = gains_BN.gather(1, index_B1).clamp_min(torch.finfo(torch.float32).tiny).sqrt()
+        gain_B1 = gains_BN.gather(1, index_B1)
+        # A pick without gain explains nothing; dividing rounding errors by its root would overflow.
+        root_B1 = torch.where(gain_B1 > 0, gain_B1, torch.inf).sqrt()
         column_BN = (_similarity.row(kernel_BNN, chosen_B) - explained_BN) / root_B1
         columns_BKN[:, step] = column_BN
         step += 1
-        return gains_BN - column_BN.square()
+        left_BN = gains_BN - column_BN.square()
+        return left_BN.where(left_BN > floor_BN, 0)
 
-    gains_BN = kernel_BNN.diagonal(dim1=1, dim2=2).clone()
     return pick(num_picks, gains_BN, lambda gains_BN: gains_BN, update)
