@@ -89,7 +89,7 @@ def match(metric_BTX: Tensor, num_merged: int) -> Tensor:
         (B, T) the row of each token in the next list: first the even tokens that were not merged,
         by falling similarity, then all odd tokens in order. Ties go to the lower place.
     """
-    unit_BTX = _similarity.unit(metric_BTX)
+    unit_BTX = _similarity.aligned(_similarity.unit(metric_BTX))
     cosines_BEO = unit_BTX[:, ::2] @ unit_BTX[:, 1::2].mT
     partners_BE = cosines_BEO.argmax(dim=2)
     best_BE = cosines_BEO.gather(2, partners_BE[:, :, None]).squeeze(2)
