@@ -138,8 +138,9 @@ def log_determinant(kernel_BNN: Tensor, num_picks: int) -> Tensor:
     def update(gains_BN: Tensor, chosen_B: Tensor) -> Tensor:
         nonlocal step
         index_B1 = chosen_B[:, None]
-        known_BK = columns_BKN.gather(2, index_B1[:, None].expand(-1, num_picks, 1)).squeeze(2)
-        explained_BN = (known_BK[:, :, None] * columns_BKN).sum(dim=1)
+        so_far_BSN = columns_BKN[:, :step]
+        known_BS1 = so_far_BSN.gather(2, index_B1[:, None].expand(-1, step, 1))
+        explained_BN = (known_BS1 * so_far_BSN).sum(dim=1)
         gain_B1 = gains_BN.gather(1, index_B1)
         # A pick without gain explains nothing; dividing rounding errors by its root would overflow.
         root_B1 = torch.where(gain_B1 > 0, gain_B1, torch.inf).sqrt()
