@@ -38,7 +38,7 @@ class IDSelection(SelectionCarver):
             it is written comes down to.
     """
 
-    gamma: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 20.0
+    gamma: Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)] = 20.0
     attention: Literal["cls_attention", "received_attention"] = "cls_attention"
     spent: Literal["attention", "position"] = "attention"
 

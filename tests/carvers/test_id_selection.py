@@ -85,7 +85,7 @@ def test_a_similar_but_more_important_token_still_beats_a_distant_unimportant_on
 def test_a_large_gamma_ranks_by_attention_alone():
     tokens = make_tokens(["cls_attention"], seed=1)
 
-    results = carve(tokens, gamma=1e9, keep_tokens=10)
+    results = carve(tokens, gamma=1e6, keep_tokens=10)
 
     expected = tokens.signals["cls_attention"].argsort(dim=1, descending=True)[:, :10]
     assert [picks(result) for result in results] == expected.tolist()
@@ -114,7 +114,7 @@ def test_received_attention_can_take_the_place_of_the_class_tokens():
     assert [picks(result)[0] for result in results] == expected
 
 
-@pytest.mark.parametrize("gamma", [-1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("gamma", [-1.0, 2e6, float("nan"), float("inf")])
 def test_a_gamma_out_of_range_is_rejected(gamma):
     with pytest.raises(ConfigError, match="gamma"):
         carvers.build("id_selection", {"gamma": gamma})
