@@ -58,6 +58,15 @@ def test_it_equals_the_rule_written_out(grid, width, keep, gamma):
         assert picks(result) == literal(tokens.features[image], attention, keep, gamma)
 
 
+def test_a_spent_score_that_is_picked_gives_nothing_back():
+    tokens = make_tokens(["cls_attention"], grid=(4, 6), width=6, seed=2)
+    alike = VisualTokens(features=tokens.features + 2, grid=tokens.grid, signals=tokens.signals)
+
+    for image, result in enumerate(carve(alike, keep_tokens=20, spent="position")):
+        attention = tokens.signals["cls_attention"][image]
+        assert picks(result) == literal(alike.features[image], attention, 20, 20.0)
+
+
 def test_gamma_is_20_unless_told():
     tokens = make_tokens(["cls_attention"], width=5, seed=8)
 
