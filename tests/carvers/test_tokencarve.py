@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 from pipeline import carvers
 from pipeline.carvers._information import contributions, contributions_batched
+from pipeline.carvers._subspace import contributions_from_subspace
 from pipeline.errors import ConfigError, MissingSignalError, NonFiniteError
 from pipeline.types import CarvedTokens, VisualTokens
 from tests.carvers.inputs import make_tokens
@@ -19,6 +20,7 @@ from tests.carvers.inputs import make_tokens
 GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "tokencarve"
 CASES = json.loads((GOLDEN / "cases.json").read_text())
 WEIGHTS = {"information": 0.0, "attention": 1.0}
+NEEDS = ["attention_output", "cls_attention"]
 
 
 def carve(tokens: VisualTokens, **options: object) -> list[CarvedTokens]:
@@ -352,8 +354,126 @@ def test_values_that_are_not_finite_are_reported_with_their_image(value):
         {"attention_weight": 1.1},
         {"attention_weight": -0.1},
         {"attention_weight": math.nan},
+        {"solver": "svd"},
+        {"subspace_rank": 0},
     ],
 )
 def test_a_wrong_option_is_rejected(options):
     with pytest.raises(ConfigError, match=next(iter(options))):
         carvers.build("tokencarve", options)
+
+
+def decaying(
+    decay: float, *, images: int = 2, num_tokens: int = 120, width: int = 160
+) -> torch.Tensor:
+    """Return matrices of singular values 1 / j^decay in random directions."""
+    generator = torch.Generator().manual_seed(4)
+    small = min(num_tokens, width)
+
+    def directions(length: int) -> torch.Tensor:
+        noise = torch.randn(images, length, small, generator=generator, dtype=torch.float64)
+        return torch.linalg.qr(noise).Q
+
+    singular = torch.arange(1, small + 1, dtype=torch.float64) ** -decay
+    return (directions(num_tokens) * singular) @ directions(width).mT
+
+
+@pytest.mark.parametrize("shape", [(120, 160), (160, 120), (120, 120)])
+@pytest.mark.parametrize(("decay", "tolerance"), [(0.5, 0.12), (1.0, 0.10), (2.0, 0.01)])
+def test_the_subspace_solver_is_near_the_exact_scores(shape, decay, tolerance):
+    matrix = decaying(decay, num_tokens=shape[0], width=shape[1])
+
+    scores, exact = contributions_from_subspace(matrix, 24), contributions(matrix)
+
+    error = (scores - exact) / exact
+    assert error.abs().mean() < tolerance
+    assert error.mean().abs() < 0.05  # the estimate of the rest is right on average
+
+
+def test_the_subspace_solver_estimates_the_rest_of_an_equal_spectrum_from_the_residual_alone():
+    # All singular values 1: y_j of a token of residual norm rho are its coordinates in a random
+    # basis of m directions, so that the sum of |y_j| is near sqrt(2 m / pi) rho.
+    matrix = decaying(0.0, images=1, num_tokens=200, width=400)
+
+    scores = contributions_from_subspace(matrix, 1)
+
+    assert_close(matrix.norm(dim=2), torch.ones(1, 200, dtype=torch.float64))
+    assert_close(scores, torch.full((1, 200), math.sqrt(2 * 199 / math.pi)), rtol=0.02, atol=0.0)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 5])
+@pytest.mark.parametrize("width", [12, 64])
+def test_the_subspace_solver_is_exact_where_the_matrix_has_a_lower_rank(rank, width):
+    generator = torch.Generator().manual_seed(3)
+    matrix = torch.randn(2, 32, rank, generator=generator) @ torch.randn(
+        2, rank, width, generator=generator
+    )
+
+    scores = contributions_from_subspace(matrix, 8)
+
+    # float32 values: beyond their rank there is rounding noise of 1e-7, which has 32 directions.
+    assert_close(scores, contributions(matrix), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("fill", [0.0, 0.3, -4096.0])
+def test_the_subspace_solver_takes_constant_images(fill):
+    matrix = torch.full((1, 40, 30), fill)
+
+    scores = contributions_from_subspace(matrix, 5)
+
+    assert_close(scores, torch.full((1, 40), abs(fill) * math.sqrt(30)))
+    assert len(scores.unique()) == 1
+
+
+def test_the_subspace_solver_gives_equal_tokens_equal_scores():
+    matrix = make_tokens([], batch=2, grid=(8, 8), width=96).features
+    matrix[:, 40:] = matrix[:, 3:4]
+
+    scores = contributions_from_subspace(matrix, 12)
+
+    assert torch.equal(scores[:, 40:], scores[:, 3:4].expand(2, 24))
+
+
+@pytest.mark.parametrize("shape", [(5, 96, 200), (5, 200, 96), (3, 576, 64)])
+def test_the_subspace_solver_depends_on_neither_batch_mates_nor_random_state(shape, monkeypatch):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(5)
+    together = contributions_from_subspace(matrix, 16)
+    torch.manual_seed(6)
+    state = torch.get_rng_state()
+
+    alone = [contributions_from_subspace(matrix[i : i + 1], 16) for i in range(len(matrix))]
+    monkeypatch.setattr("pipeline.carvers._subspace._CHUNK_BYTES", 1)
+
+    assert torch.equal(torch.cat(alone), together)
+    assert torch.equal(contributions_from_subspace(matrix, 16), together)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_the_subspace_solver_scales_with_the_values(scale):
+    matrix = decaying(1.0).float()
+
+    scores = contributions_from_subspace(matrix * scale, 16)
+
+    assert_close(scores / scale, contributions_from_subspace(matrix, 16), rtol=1e-5, atol=1e-7)
+
+
+def test_the_subspace_solver_keeps_nearly_the_same_tokens():
+    tokens = VisualTokens(features=decaying(1.0, num_tokens=196), grid=(14, 14))
+    options = {"information": "features", "attention_weight": 0.0, "keep_tokens": 64}
+
+    exact = carve(tokens, **options)
+    near = carve(tokens, **options, solver="subspace", subspace_rank=32)
+
+    for left, right in zip(exact, near, strict=True):
+        shared = torch.isin(left.positions, right.positions).sum()
+        assert 56 <= shared < 64
+
+
+def test_the_subspace_solver_falls_back_to_exact_where_it_would_save_nothing():
+    tokens = make_tokens(NEEDS, grid=(6, 6))
+    exact, all_of_it = carve(tokens), carve(tokens, solver="subspace", subspace_rank=7)
+
+    for left, right in zip(exact, all_of_it, strict=True):
+        assert torch.equal(left.ranks, right.ranks)
