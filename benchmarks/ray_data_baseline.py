@@ -3,9 +3,10 @@
     read_webdataset -> map: decode, preprocess -> map_batches on an actor pool -> write_parquet
 
 Two forms. *Usual*: Pillow and the model's own transformers image processor in `map`, so that its
-float32 pixel values travel, as users write it. *Lean*: decoder and preprocessing of this pipeline,
-uint8 pixels, so that only the way the data travels differs. Encoder, carver, codec, checksums and
-stored columns are the pipeline's own in both.
+float32 pixel values travel, as users write it; the processor has the backend whose pixels the
+pipeline makes in that run (option `resize` of the encoder). *Lean*: decoder and preprocessing of
+this pipeline, uint8 pixels, so that only the way the data travels differs. Encoder, carver, codec,
+checksums and stored columns are the pipeline's own in both.
 """
 
 import hashlib
@@ -88,17 +89,36 @@ class _Preprocess:
 class _PreprocessAsUsual(_Preprocess):
     """The same with Pillow and the model's own image processor."""
 
-    _processor: Any = None
+    def __init__(self, job: Job) -> None:
+        super().__init__(job)
+        self._processor: Any = None
 
     def prepare(self, encoded: bytes, key: str) -> tuple[NDArray[Any], tuple[int, int]]:
         """Return (3, H, W) float32 pixel values, and width and height of the image."""
         if self._processor is None:
-            from transformers import AutoImageProcessor
-
-            self._processor = AutoImageProcessor.from_pretrained(self.job.encoder.model)
+            self._processor = own_processor(self.job)
         with Image.open(io.BytesIO(encoded)) as image:
             values = self._processor(images=image.convert("RGB"), return_tensors="np")
             return values["pixel_values"][0], image.size
+
+
+def own_processor(job: Job) -> Any:  # noqa: ANN401
+    """Return transformers' image processor of the job's model, of the job's backend.
+
+    Raises:
+        RuntimeError: that backend is not installed.
+    """
+    from transformers import AutoImageProcessor
+
+    resize = job.settings["encoder"]["resize"]
+    backend = {"pillow": "pil"}.get(resize, resize)
+    processor = AutoImageProcessor.from_pretrained(job.encoder.model, backend=backend)
+    if processor.backend != backend:  # transformers warns and takes the other
+        raise RuntimeError(
+            f"the image processor with backend {backend!r} is not there; install the torchvision "
+            "of the same build as torch, or give the encoder the option 'resize: pillow'"
+        )
+    return processor
 
 
 class _Carve:
@@ -158,6 +178,8 @@ def run(job: Job, shards: Sequence[Path], output: Path, setting: Setting) -> Non
 
     Runs in the Ray session of the caller.
     """
+    if setting.usual:
+        own_processor(job)  # to fail here rather than in every task
     shutil.rmtree(output, ignore_errors=True)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
