@@ -10,9 +10,10 @@ import platform
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -65,13 +66,10 @@ class ShardCarver:
         Raises:
             ConfigError: they cannot be loaded, or are not those the job was planned with.
         """
-        described = dict(self.job.encoder.describe(self.job.carver.needs))
         planned = {k: v for k, v in self.job.settings["encoder"].items() if k != "name"}
-        if described != planned:
-            raise ConfigError(
-                f"the model on host {platform.node()} is not the one this run was planned with "
-                f"({described} here, {planned} there): give all nodes the same files"
-            )
+        _check_planned("model", self.job.encoder.describe(self.job.carver.needs), planned)
+        options = self.job.settings["carver"]["options"]
+        _check_planned("carver", self.job.carver.describe(), options)
         dtype = getattr(torch, self.job.config.runner.dtype)
         self.job.encoder.load(device=self.device, dtype=dtype, signals=self.job.carver.needs)
 
@@ -160,4 +158,12 @@ class ShardCarver:
                 "stage_seconds": {k: round(v, 3) for k, v in sorted(tally.seconds.items())},
             },
             committed_at=now,
+        )
+
+
+def _check_planned(kind: str, described: Mapping[str, Any], planned: Mapping[str, Any]) -> None:
+    if dict(described) != dict(planned):
+        raise ConfigError(
+            f"the {kind} on host {platform.node()} is not the one this run was planned with "
+            f"({dict(described)} here, {dict(planned)} there): give all nodes the same files"
         )

@@ -89,13 +89,14 @@ def resolve_job(config: JobConfig, *, encoder: Encoder | None = None) -> Job:
     codec = _attempt(problems, lambda: _build(codecs.build, config.codec))
     needs = carver.needs if carver else frozenset()
     described = _attempt(problems, lambda: encoder.describe(needs)) if encoder else None
+    carver_options = _attempt(problems, carver.describe) if carver else None
     if encoder and carver and described is not None:
         _attempt(problems, lambda: _check_signals(config, encoder, carver))
     columns = _attempt(problems, lambda: _check_columns(config))
     store = _attempt(problems, lambda: open_store(config.output.url))
     if problems or not (encoder and carver and codec and store):
         raise ConfigError("; ".join(problems))
-    if described is None or columns is None:
+    if described is None or columns is None or carver_options is None:
         raise AssertionError("each of them is there unless it is a problem")
     # An actor may have another working directory: from here on the URL is absolute.
     output = config.output.model_copy(update={"url": store.url})
@@ -109,7 +110,7 @@ def resolve_job(config: JobConfig, *, encoder: Encoder | None = None) -> Job:
     decode = DecodeOptions(max_pixels=int(config.input.max_megapixels * 1_000_000))
     settings = {
         "encoder": {"name": config.encoder.name, **described},
-        "carver": {"name": config.carver.name, "options": asdict(carver)},
+        "carver": {"name": config.carver.name, "options": dict(carver_options)},
         "codec": {"name": config.codec.name, "options": asdict(codec)},
         "width": encoder.width,
         "dtype": config.runner.dtype,

@@ -1,9 +1,9 @@
 """What a carver is. See `docs/design.md` for the contract that tests hold every carver to."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Annotated, ClassVar, Self
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import ConfigDict, Field
 from torch import Tensor
@@ -34,6 +34,16 @@ class Carver(ABC):
     def needs(self) -> frozenset[str]:
         """Names of the signals that `carve` reads; may depend on the options."""
         return frozenset()
+
+    def describe(self) -> Mapping[str, Any]:
+        """Return what decides the results: the options, and a digest of each file they name.
+
+        JSON values only; enters the work fingerprint.
+
+        Raises:
+            ConfigError: a file that an option names cannot be read.
+        """
+        return asdict(self)
 
     def carve(self, tokens: VisualTokens) -> list[CarvedTokens]:
         """Carve each image of a batch, independently of its batch-mates.
