@@ -14,7 +14,7 @@ Stored per token: D int8 codes q, and a float32 s. If s > 0 the token is s * sig
 therefore exact in float32, in any order.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
@@ -24,14 +24,12 @@ from torch import Tensor
 
 from pipeline.codecs._base import Codec
 from pipeline.codecs._rotation import MAX_BLOCK, block_size, hadamard, signs
-from pipeline.codecs._rows import float_rows, join, refuse, to_bytes
+from pipeline.codecs._rows import chunks, join, largest_per_token, to_bytes
 from pipeline.errors import CacheFormatError
 from pipeline.types import PackedTokens
 
 _LEVELS = 127
 _LARGEST = 2.0**117  # the sums of a block of 1024 stay within float32
-_CPU_CHUNK = 1 << 17  # values worked on at once: more leave the CPU's cache (4x slower, measured)
-_DEVICE_CHUNK = 1 << 25  # elsewhere: only bounds the memory of the steps between, 128 MiB each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,16 +66,10 @@ class Int8(Codec):
 
     def pack(self, features: Tensor) -> PackedTokens:
         """Rotate and round one image's (K, D) features; see `Codec.pack`."""
-        rows_KD = float_rows(features)
-        largest_K = rows_KD.abs().amax(dim=1)
-        if not (largest_K <= _LARGEST).all():  # also where it is NaN
-            storable_KD = rows_KD.abs() <= _LARGEST
-            remedy = f"its largest is {_LARGEST:.3g}: use codec fp32"
-            raise refuse(rows_KD, storable_KD=storable_KD, codec="int8", remedy=remedy)
-
+        rows_KD, largest_K = largest_per_token(features, codec=self, limit=_LARGEST)
         codes_KD = torch.empty(rows_KD.shape, dtype=torch.int8, device=rows_KD.device)
         scale_K = torch.empty_like(largest_K)
-        for part in _chunks(rows_KD):
+        for part in chunks(rows_KD):
             codes_DK, scale_K[part] = self._round(rows_KD[part], largest_K[part])
             codes_KD[part] = codes_DK.t()
         return PackedTokens(
@@ -115,7 +107,7 @@ class Int8(Codec):
         _check_scales(scale_K)
         codes_KD, scale_K = codes_KD.to(device), scale_K.to(device)
         features_KD = torch.empty(codes_KD.shape, dtype=dtype, device=codes_KD.device)
-        for part in _chunks(codes_KD):
+        for part in chunks(codes_KD):
             features_KD[part] = self._restore(codes_KD[part], scale_K[part]).t()
         return features_KD
 
@@ -127,13 +119,6 @@ class Int8(Codec):
 
     def _signs(self, rows_KD: Tensor) -> Tensor:
         return signs(self.seed, rows_KD.shape[1]).to(rows_KD.device)
-
-
-def _chunks(rows_KD: Tensor) -> Iterator[slice]:
-    """Cut the rows so that the steps on each part stay in cache, or within bounded memory."""
-    values = _CPU_CHUNK if rows_KD.device.type == "cpu" else _DEVICE_CHUNK
-    rows = max(1, values // rows_KD.shape[1])
-    return (slice(start, start + rows) for start in range(0, len(rows_KD), rows))
 
 
 def _check_scales(scale_K: Tensor) -> None:
