@@ -1,10 +1,12 @@
-"""Tokens kept by two rules at once: the order of the two parts, and who joins whom.
+"""Tokens kept by two rules at once: the order of the two parts, who joins whom, sums.
 
-B images, N tokens, K kept tokens, M entries of an order, D' width of a vector.
+B images, N tokens, K kept tokens, M entries of an order, D width of a vector,
+n rows of a sum.
 """
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from pipeline.carvers import _ops, _similarity
 
@@ -50,3 +52,24 @@ def nearest(vectors_BND: Tensor, anchors_BK: Tensor) -> Tensor:
     cosines_BNK = unit_BND @ _ops.take_rows(unit_BND, anchors_BK).mT
     groups_BK = torch.arange(anchors_BK.shape[1], device=anchors_BK.device).expand_as(anchors_BK)
     return cosines_BNK.argmax(dim=2).scatter(1, anchors_BK, groups_BK)
+
+
+def weighted_sums(features_BND: Tensor, rows_BKn: Tensor, weights_BKn: Tensor) -> Tensor:
+    """Return (B, K, D) sums of weighted rows, the rows of each sum in order and by themselves.
+
+    Args:
+        features_BND: float32.
+        rows_BKn: int64, the rows of each sum; there may be no sum, or none in it.
+        weights_BKn: float32.
+    """
+    num_images, num_tokens, width = features_BND.shape
+    if rows_BKn.numel() == 0:
+        return features_BND.new_zeros(*rows_BKn.shape[:2], width)
+    starts_B11 = torch.arange(num_images, device=rows_BKn.device)[:, None, None] * num_tokens
+    sums = functional.embedding_bag(
+        (rows_BKn + starts_B11).flatten(0, 1),
+        features_BND.flatten(0, 1),
+        mode="sum",
+        per_sample_weights=weights_BKn.flatten(0, 1),
+    )
+    return sums.view(num_images, -1, width)
