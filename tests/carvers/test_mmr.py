@@ -8,10 +8,13 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from pipeline import carvers
+from pipeline.carve_shard import ShardCarver
 from pipeline.carvers import _scorer
 from pipeline.errors import ConfigError
+from pipeline.job import resolve_job
 from pipeline.types import CarvedTokens, VisualTokens
 from tests.carvers.inputs import make_tokens
+from tests.fakes import FakeEncoder, fake_config
 from tests.golden import golden_cases
 
 CASES = golden_cases("idpruner_mmr")
@@ -214,3 +217,20 @@ def test_a_missing_or_foreign_file_is_an_error(tmp_path):
 def test_options_out_of_range_are_rejected(options):
     with pytest.raises(ConfigError, match=next(iter(options))):
         carvers.build("mmr", options)
+
+
+def test_a_run_is_planned_with_the_scorers_content_and_refuses_another(tmp_path):
+    path = make_scorer(tmp_path / "s.safetensors", width=64)
+    carver = {"name": "mmr", "options": {"keep_tokens": 4, "scorer": path}}
+    config = fake_config(tmp_path, tmp_path / "cache", carver=carver)
+    job = resolve_job(config, encoder=FakeEncoder())
+    ShardCarver(job).load()
+
+    make_scorer(tmp_path / "s.safetensors", width=64, bias=False)
+
+    with pytest.raises(ConfigError, match=r"carver on host .* is not the one this run was"):
+        ShardCarver(job).load()
+    assert resolve_job(config, encoder=FakeEncoder()).fingerprint != job.fingerprint
+    Path(path).unlink()
+    with pytest.raises(ConfigError, match="cannot be read"):
+        resolve_job(config, encoder=FakeEncoder())
