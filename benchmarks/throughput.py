@@ -103,11 +103,12 @@ class Bench:
         on_gpu = self.options.device == "cuda"
         budget = {"keep_tokens": KEEP_TOKENS}
         signals = {"information": "attention_output", "attention": "cls_attention"}
+        model = {"model": str(self.model), "resize": self.options.resize}
         config = parse_config(
             {
                 "input": {"shards": [str(path) for path in self.shards], "columns": ["txt"]},
                 "output": {"url": str(cache)},
-                "encoder": {"name": "llava", "options": {"model": str(self.model)}},
+                "encoder": {"name": "llava", "options": model},
                 "carver": {"name": "uniform_grid", "options": budget}
                 if no_op
                 else {"name": "tokencarve", "options": {**budget, **signals}},
@@ -121,7 +122,7 @@ class Bench:
                 },
             }
         )
-        return resolve_job(config, encoder=NoOpEncoder(model=str(self.model)) if no_op else None)
+        return resolve_job(config, encoder=NoOpEncoder(**model) if no_op else None)
 
     def settings(self) -> list[Setting]:
         """Return the ways to lay the work of Ray Data out on this machine."""
@@ -338,6 +339,12 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--num-shards", type=int, default=24)
     parser.add_argument("--images-per-shard", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--resize",
+        choices=["torchvision", "pillow"],
+        default="torchvision",
+        help="backend of transformers' image processor that both sides' pixels equal",
+    )
     parser.add_argument("--batch-size", type=int, default=8, help="images per encoder call")
     parser.add_argument("--bare-images", type=int, default=96, help="through the bare tower")
     parser.add_argument("--stage-images", type=int, default=64, help="to measure stages on")

@@ -164,12 +164,15 @@ class NoOpEncoder(Encoder):
 
     Attributes:
         model: checkpoint whose preprocessing and token shape are used.
+        resize: that encoder's option.
     """
 
     model: str
+    resize: str
 
     def __post_init__(self) -> None:
-        self._like: Encoder = encoders.build("llava", {"model": self.model})
+        options = {"model": self.model, "resize": self.resize}
+        self._like: Encoder = encoders.build("llava", options)
 
     @property
     def yields(self) -> frozenset[str]:

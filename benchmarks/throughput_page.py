@@ -5,12 +5,13 @@ import os
 import platform
 import statistics
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
-_PACKAGES = ("torch", "transformers", "ray", "pyarrow", "pillow", "numpy")
+_PACKAGES = ("torch", "torchvision", "transformers", "ray", "pyarrow", "pillow", "numpy")
 _TARGETS = {"bound": 0.9, "ray_data": 1.3, "ray_data_no_op": 2.0, "bare": 0.9, "growth": 0.05}
 _STAGES_WHAT = {
     "read": "shard to samples, with all checks of the archive",
@@ -30,7 +31,12 @@ def machine(device: str) -> dict[str, str]:
         "CPU": f"{_processor()}, {os.cpu_count()} logical cores",
         "memory": f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.0f} GiB",
         "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
-        "packages": ", ".join(f"{n} {importlib.metadata.version(n)}" for n in _PACKAGES),
+        "packages": ", ".join(
+            # torchvision is there only where its image processors are compared with.
+            f"{name} {importlib.metadata.version(name)}"
+            for name in _PACKAGES
+            if name != "torchvision" or find_spec(name)
+        ),
     }
     if device == "cuda":
         count = torch.cuda.device_count()
