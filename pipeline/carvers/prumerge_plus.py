@@ -39,8 +39,7 @@ class PruMergePlus(BudgetCarver):
     spaced tokens, each by falling attention, then the last token, which is all a budget of 1 keeps.
 
     Args:
-        keep_tokens: tokens per image; without either budget an image decides its own count.
-        keep_ratio: likewise, as a share.
+        keep_tokens: tokens per image; without it and `keep_ratio` an image decides its own count.
         attention: in which outliers are found, and by which neighbours are weighted.
     """
 
