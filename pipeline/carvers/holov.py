@@ -47,7 +47,7 @@ class HoloV(SelectionCarver):
 
     def select(self, tokens: VisualTokens, num_kept: int) -> Tensor:
         """Return the best of each strip in turns, in proportion to the strips' shares."""
-        attention_BN = _ops.signal(tokens, self.attention).clamp_min(0)
+        attention_BN = _ops.signal(tokens, self.attention)
         num_tokens = attention_BN.shape[1]
         crops = self.crops or max(1, 1024 * num_tokens // (576 * num_kept))
         strips_N, lengths_P = _strips(num_tokens, min(crops, num_tokens), attention_BN.device)

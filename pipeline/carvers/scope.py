@@ -50,7 +50,7 @@ class Scope(SelectionCarver):
         similarities_BNN = _similarity.cosines(tokens.features)
         if self.alpha == 0:
             return _greedy.coverage(similarities_BNN, num_kept)
-        attention_BN = _ops.signal(tokens, self.attention).clamp_min(0)
+        attention_BN = _ops.signal(tokens, self.attention)
         # Relative to the largest, so that no exponent leaves float32; the picks stay the same.
         largest_B1 = attention_BN.amax(dim=1, keepdim=True)
         weights_BN = (attention_BN / torch.where(largest_B1 > 0, largest_B1, 1)) ** self.alpha

@@ -65,6 +65,18 @@ def test_once_all_is_covered_the_lower_positions_follow():
     assert picks[6:] == list(range(6, 20))
 
 
+def test_sums_of_values_of_any_size_leave_no_trace_of_rounding():
+    # Values of 1 to 1e-13, whose plain sums would leave noise where all gains are 0.
+    generator = torch.Generator().manual_seed(4)
+    similarities = torch.exp(-30 * torch.rand(1, 8, 8, generator=generator))
+    copies = torch.arange(40) % 8
+
+    picks = _greedy.coverage(similarities[:, copies][:, :, copies], 40)[0].tolist()
+
+    assert sorted(picks[:8]) == list(range(8))
+    assert picks[8:] == list(range(8, 40))
+
+
 @pytest.mark.parametrize("scale", [2.0**-140, 2.0**-30, 2.0**60])
 def test_the_scale_of_the_similarities_does_not_matter(scale):
     # Of 8 bits, so that they survive as subnormal numbers.

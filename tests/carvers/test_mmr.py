@@ -86,6 +86,17 @@ def test_it_equals_the_rule_written_out(grid, weight, per_round):
         assert in_order(result) == expected
 
 
+def test_scores_that_hardly_differ_count_less():
+    tokens = make_tokens(["cls_attention"], batch=1)
+    tokens.signals["cls_attention"].mul_(1e-6)
+
+    result = carvers.build("mmr", {"keep_tokens": 9}).carve(tokens)[0]
+
+    scores = tokens.signals["cls_attention"][0]
+    assert in_order(result) == literal(tokens.features[0], scores, 9, 0.5)
+    assert in_order(result) != literal(tokens.features[0], scores * 1e6, 9, 0.5)
+
+
 @pytest.mark.parametrize("keep", [1, 2, 6, 7, 20])
 def test_rounds_of_several_picks_are_nested_too(keep):
     tokens = make_tokens(["cls_attention"], batch=2)
