@@ -5,10 +5,9 @@ are chosen by early attention; outliers of the deep attention (above the third q
 quartile ranges) are added. The others are merged into the kept token of the most similar key.
 
 Source: Zhang et al., Token-level Correlation-guided Compression for Efficient Multimodal Document
-Understanding, arXiv 2407.14439; github.com/JiuTian-VL/TokenCorrCompressor @ 0773758, a figure
-without code and without licence: a reconstruction.
-Differs: the paper does not give the early layer (here that of `shallow_keys`), `epsilon`,
-`max_similar` and the weights of merging; all are ours, so results are not the paper's. Its tokens
+Understanding, arXiv 2407.14439; its repository (@ 0773758) has a figure, no code and no licence.
+Differs: a reconstruction. The early layer (here that of `shallow_keys`), `epsilon`, `max_similar`
+and the weights of merging are not published; ours give other results than the paper's. Its tokens
 are drawn at random by their attention; here the best are taken, since a draw could be repeated only
 with the key of the image, which a carver does not see. The kept tokens fill no grid: they suit
 projectors that work token by token, not the H-Reducer. Merging is a mean weighted by the cosine of

@@ -349,7 +349,7 @@ def test_memory_layout_does_not_matter(name):
 
 
 @pytest.mark.parametrize("budget", [{"keep_tokens": 35}, {"keep_tokens": 99}, {"keep_ratio": 1.0}])
-@every_carver
+@pytest.mark.parametrize("name", [n for n in NAMES if takes_budget(n)])
 def test_a_budget_of_all_tokens_keeps_every_token_unchanged(name, budget):
     carver = build(name, **budget)
     tokens = make_tokens(carver.needs)
