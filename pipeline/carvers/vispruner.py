@@ -4,9 +4,9 @@ The rest is thinned in rounds: a list of it is split into two halves, and the up
 half that are most like a token of the other half go.
 
 Source: Zhang et al., Beyond Text-Visual Attention: Exploiting Visual Cues for Effective Token
-Pruning in VLMs (VisPruner), arXiv 2412.01818; github.com/Theia-4869/VisPruner @ aefa01a.
-`version="port"`: github.com/Tencent/AngelSlim @ 67394ce, Apache-2.0 by its headers, which keeps
-other tokens (a third of them the same, measured on synthetic features).
+Pruning in VLMs (VisPruner), arXiv 2412.01818; github.com/Theia-4869/VisPruner @ aefa01a,
+Apache-2.0. `version="port"`: github.com/Tencent/AngelSlim @ 67394ce, Apache-2.0 by its headers; it
+keeps a different set of tokens, so results of the two are not comparable.
 Differs: the original fails where a list is odd; here its last token sits such a round out. Both
 compare the features that are stored: the original does before the projector, the port behind it.
 Of equally similar tokens the first of the list goes. Zero vectors are similar to nothing. Views of
