@@ -50,10 +50,9 @@ def unpack_codes(bytes_KB: Tensor, bits: int, *, width: int) -> Tensor:
 def _pack_plane(codes_KD: Tensor, bits: int) -> Tensor:
     per_byte = 8 // bits
     count, width = codes_KD.shape
-    missing = -width % per_byte
-    if missing:
-        codes_KD = torch.nn.functional.pad(codes_KD, (0, missing))
-    parts = codes_KD.reshape(count, per_byte, -1)
+    size = -(-width // per_byte)
+    filled_KD = torch.nn.functional.pad(codes_KD, (0, size * per_byte - width))
+    parts = filled_KD.reshape(count, per_byte, size)
     packed_KB = parts[:, 0].clone()
     for place in range(1, per_byte):
         packed_KB |= parts[:, place] << (bits * place)

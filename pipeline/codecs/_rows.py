@@ -97,7 +97,7 @@ def refuse(features_KD: Tensor, *, storable_KD: Tensor, codec: str, remedy: str)
 def to_bytes(rows: Tensor) -> bytes:
     """Return the raw bytes of a tensor in row-major order, wherever it lives."""
     # Through uint8, because NumPy has no bfloat16.
-    return rows.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    return rows.cpu().flatten().view(torch.uint8).numpy().tobytes()
 
 
 def join(

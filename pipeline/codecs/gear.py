@@ -182,10 +182,12 @@ class Gear(Codec):
 
     def _low_rank(self, error_KD: Tensor) -> tuple[Tensor, Tensor]:
         """Return (K, R) left and (R, D) right factors of the error, as they are stored."""
-        numbers, width = DTYPES[self.numbers], error_KD.shape[1]
+        numbers, (count, width) = DTYPES[self.numbers], error_KD.shape
+        if not self.rank:
+            return torch.empty((count, 0)), torch.empty((0, width))
         # Right factors near 1, so that left ones are no larger than the error.
         right_RD = (directions(error_KD, self.rank) * width**0.5).to(numbers)
-        left_KR = torch.zeros((len(error_KD), self.rank), dtype=numbers, device=error_KD.device)
+        left_KR = torch.zeros((count, self.rank), dtype=numbers, device=error_KD.device)
         for place in range(self.rank):
             right_D = right_RD[place].to(error_KD.device).float()
             left_KR[:, place] = (sum_rows((error_KD * right_D).t()) * (1 / width)).to(numbers)
