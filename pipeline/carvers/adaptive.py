@@ -1,7 +1,6 @@
 """Give every image its own budget, by how many directions its tokens use, and carve it by another.
 
-An image whose tokens have twice the corpus's effective rank gets twice the tokens, within bounds;
-the corpus keeps the budget asked for on average.
+An image of twice the usual effective rank gets twice the tokens, within bounds.
 
 Source: none for the rule, a wrapper built here; the effective rank of centred features as a measure
 of an image's variety is AgilePruner's (arXiv 2603.01236), see `_rank`.
@@ -40,7 +39,7 @@ class Adaptive(Carver):
 
     Args:
         carver: name of a carver with a budget, which does the work.
-        options: its options, without a budget; those left out are filled in.
+        options: its options, without a budget.
         mean_tokens: tokens kept per image, mean over the corpus.
         mean_ratio: share of the tokens kept likewise; 0.25 where neither is given.
         min_ratio: of the mean budget, the least that an image gets; max_ratio the most.
@@ -69,9 +68,6 @@ class Adaptive(Carver):
             object.__setattr__(self, "mean_ratio", DEFAULT_KEEP_RATIO)
         if budgets := sorted(_BUDGET & self.options.keys()):
             raise ValueError(f"options hold {budgets}: give mean_tokens or mean_ratio instead")
-        # All of them, so that a default that changes one day shows in the fingerprint.
-        options = {k: v for k, v in asdict(self._at_mean).items() if k not in _BUDGET}
-        object.__setattr__(self, "options", options)
         object.__setattr__(self, "nested", self._at_mean.nested)
         object.__setattr__(self, "conserves", self._at_mean.conserves)
 
@@ -79,6 +75,10 @@ class Adaptive(Carver):
     def needs(self) -> frozenset[str]:
         """The signals of the wrapped carver."""
         return self._at_mean.needs
+
+    def describe(self) -> Mapping[str, Any]:
+        """The options; in place of the given options of the wrapped carver all that decide."""
+        return {**asdict(self), "options": self._at_mean.describe()}
 
     def calibrated(self, sample: Iterable[VisualTokens]) -> Self:
         """Return this carver with `mean_rank` such that the sample's mean budget is as asked.
@@ -91,17 +91,17 @@ class Adaptive(Carver):
         for tokens in sample:
             _ops.require_finite(tokens.features, "features")
             for part in _ops.split(tokens):
-                ranks = effective_rank(part.features).tolist()
-                images += [(part.features.shape[1], rank) for rank in ranks]
+                num_tokens = part.features.shape[1]
+                images += [(num_tokens, r) for r in effective_rank(part.features).tolist()]
         if not images:
             raise ConfigError("mean_rank cannot be set from a sample without images")
 
         def excess(mean_rank: float) -> int:
             return sum(self._budget(n, r, mean_rank) - self._at_mean.budget(n) for n, r in images)
 
-        # At these ranks every image gets its most, or its least.
-        low = min(rank for _, rank in images) / (2 * self.max_ratio)
-        high = max(rank for _, rank in images) * 2 / self.min_ratio
+        ranks = sorted(rank for _, rank in images)
+        # At these every image gets its most, or its least.
+        low, high = ranks[0] / (2 * self.max_ratio), ranks[-1] * 2 / self.min_ratio
         for _ in range(_HALVINGS):
             middle = (low + high) / 2
             low, high = (middle, high) if excess(middle) > 0 else (low, middle)

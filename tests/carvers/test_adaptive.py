@@ -1,6 +1,7 @@
 """Budgets by effective rank: the rule, its mean over a sample, and both ways of carving."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -125,13 +126,14 @@ def test_it_needs_ranks_and_merges_as_the_wrapped_carver_does():
     assert without_attention.needs == {"attention_output"}
 
 
-def test_options_left_out_are_filled_in_so_that_equal_carvers_look_equal():
+def test_it_describes_all_that_decides_in_the_wrapped_carver():
     short = build(carver="tokencarve")
     long = build(carver="tokencarve", options={"attention_weight": 0.5, "solver": "exact"})
+    other = build(carver="tokencarve", options={"attention_weight": 0.25})
 
-    assert dataclasses.asdict(short) == dataclasses.asdict(long)
-    assert short.options["information"] == "attention_output"
-    assert "keep_ratio" not in short.options
+    assert short.describe() == long.describe() != other.describe()
+    assert short.describe()["options"]["information"] == "attention_output"
+    assert json.loads(json.dumps(short.describe())) == short.describe()
 
 
 def test_calibration_refuses_an_empty_sample_and_values_that_are_not_finite():
