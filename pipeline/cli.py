@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+import yaml
 
-from pipeline import carvers, codecs, encoders, plugin_table
+from pipeline import calibration, carvers, codecs, encoders, plugin_table
 from pipeline.cache.verify import find_damage
 from pipeline.carved_cache import open_cache
 from pipeline.config import JobConfig, load_config
@@ -68,6 +69,32 @@ def plan(
         f"{len(todo.shards)} shards: {todo.num_done} done, {len(todo.todo)} to do "
         f"({todo.todo_bytes / 1e6:.1f} MB)"
     )
+
+
+@app.command()
+def calibrate(
+    config: ConfigPath,
+    input_shards: InputShards = None,
+    output: OutputUrl = None,
+    overrides: Overrides = None,
+    samples: Annotated[int, typer.Option(min=1, help="Images to encode.")] = 256,
+) -> None:
+    """Set the carver's options that depend on the corpus; print its section of the config."""
+    _log_to_stderr()
+    with _errors_as_lines():
+        job = resolve_job(_read_config(config, input_shards, output, overrides))
+        result = calibration.calibrate(job, num_samples=samples)
+    name = job.config.carver.name
+    for reason, count in result.rejected.most_common():
+        print(f"left out: {reason} {count}", file=sys.stderr)
+    if not result.changed:
+        print(f"carver {name!r} has no option to set from this corpus", file=sys.stderr)
+    print(
+        f"# {result.num_images} images keep {result.kept_after:.4f} of their tokens on average; "
+        f"{result.kept_before:.4f} before calibration"
+    )
+    section = {"carver": {"name": name, "options": result.options}}
+    print(yaml.safe_dump(section, sort_keys=False, allow_unicode=True), end="")
 
 
 @app.command("list")
