@@ -46,8 +46,7 @@ class Adaptive(Carver):
         mean_rank: effective rank that earns the mean budget; null gives it to every image.
     """
 
-    nested: ClassVar[bool] = False  # an instance has that of its carver
-    conserves: ClassVar[bool] = False  # likewise
+    nested: ClassVar[bool] = False  # an instance has this and all such flags of its carver
 
     carver: str = "tokencarve"
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -68,8 +67,8 @@ class Adaptive(Carver):
             object.__setattr__(self, "mean_ratio", DEFAULT_KEEP_RATIO)
         if budgets := sorted(_BUDGET & self.options.keys()):
             raise ValueError(f"options hold {budgets}: give mean_tokens or mean_ratio instead")
-        object.__setattr__(self, "nested", self._at_mean.nested)
-        object.__setattr__(self, "conserves", self._at_mean.conserves)
+        for flag in [name for name, value in vars(Carver).items() if isinstance(value, bool)]:
+            object.__setattr__(self, flag, getattr(self._at_mean, flag))
 
     @property
     def needs(self) -> frozenset[str]:
