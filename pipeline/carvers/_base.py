@@ -30,6 +30,9 @@ class Carver(ABC):
     conserves: ClassVar[bool] = False
     """True if every source token counts in one result token: sizes sum to N."""
 
+    averages: ClassVar[bool] = True
+    """True if every result token is a source token or a weighted mean of some, not a sum."""
+
     @property
     def needs(self) -> frozenset[str]:
         """Names of the signals that `carve` reads; may depend on the options."""

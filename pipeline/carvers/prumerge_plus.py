@@ -47,6 +47,8 @@ class PruMergePlus(BudgetCarver):
 
     conserves: ClassVar[bool] = True
 
+    averages: ClassVar[bool] = False  # neighbours are added to a token
+
     attention: Literal["last_cls_attention", "received_attention"] = "last_cls_attention"
 
     def __post_init__(self) -> None:

@@ -44,6 +44,8 @@ class VisionZip(BudgetCarver):
 
     conserves: ClassVar[bool] = True
 
+    averages: ClassVar[bool] = False  # the original adds two means
+
     version: Literal["original", "port"] = "original"
     contextual_share: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 10 / 64
     attention: Literal["cls_attention", "received_attention"] = "cls_attention"

@@ -387,7 +387,8 @@ def test_tokens_that_are_all_equal_are_carved(name, dtype, fill):
 
     for result in carver.carve(constant):
         assert_valid(result, constant)
-        assert_close(result.features, features[0, : len(result.features)])
+        if carver.averages:
+            assert_close(result.features, features[0, : len(result.features)])
 
 
 @pytest.mark.parametrize(
