@@ -37,7 +37,7 @@ def affine_codes(
     minimum_R1 = _round_down(lowest_R1, numbers)
     # By a division, as published: a product with 1 / steps rounds differently.
     range_R1 = rows_RW.amax(dim=1, keepdim=True) - minimum_R1.float()
-    step_R1 = -_round_down(-(range_R1 / torch.full_like(range_R1, steps)), numbers)
+    step_R1 = 0 - _round_down(-range_R1 / torch.full_like(range_R1, steps), numbers)
     divisor_R1 = torch.where(step_R1 > 0, step_R1.float(), 1)
     codes_RW = ((rows_RW - minimum_R1.float()) / divisor_R1).round_().clamp_(0, steps)
     codes_RW = torch.where(step_R1 > 0, codes_RW, 0)
@@ -46,6 +46,12 @@ def affine_codes(
 
 def _round_down(values: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the largest numbers of a type that are not above `values`; -0 becomes 0."""
-    nearest = values.to(dtype)
-    below = torch.nextafter(nearest, torch.full_like(nearest, -torch.inf))
-    return torch.where(nearest.float() > values, below, nearest) + 0.0
+    nearest = values.to(dtype) + 0.0
+    if dtype == torch.float32:
+        return nearest
+    # By the bits, because torch has no nextafter of short types on every device: the number below
+    # has smaller bits if positive, larger if negative; below 0 lies the smallest negative one.
+    bits = nearest.view(torch.int16)
+    below = torch.where(nearest > 0, bits - 1, bits + 1)
+    below = torch.where(nearest == 0, -0x7FFF, below).to(torch.int16).view(dtype)
+    return torch.where(nearest.float() > values, below, nearest)

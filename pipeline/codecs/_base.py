@@ -29,7 +29,8 @@ class Codec(ABC):
 
     whole_image: ClassVar[bool] = False
     """Whether what is stored for a token depends on the other tokens of its image too. Where it
-    does not, the head depends on the width alone."""
+    does not, the head depends on the width alone. Where it does, a prefix equals what carving to
+    fewer tokens would have stored within the error of the codec, not bit for bit."""
 
     error_of: ClassVar[Literal["token", "image", "image_rms"]] = "token"
     """What `max_error` bounds. `token`: each |unpacked - original|, relative to the largest |value|

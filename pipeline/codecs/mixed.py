@@ -143,7 +143,8 @@ class Mixed(Codec):
                 high_ST[marks[0] : marks[-1]], self.high_bits - self.low_bits, width=width
             )
             places_S = marks.diff().nonzero().squeeze(1).to(device)
-            codes_KD = codes_KD.index_add(0, places_S, high_SD << self.low_bits)
+            both_SD = codes_KD.index_select(0, places_S) | (high_SD << self.low_bits)
+            codes_KD = codes_KD.index_copy(0, places_S, both_SD)
             features_KD[part] = restore(codes_KD, affine_K2[part], scale_BD[image_K[part]])
         return features_KD
 
