@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pipeline.carvers import _ops, _similarity
+from pipeline.carvers._image_pool import product
 
 
 def in_turns(order_BM: Tensor, groups_BM: Tensor, num_groups: int = 2) -> Tensor:
@@ -49,7 +50,7 @@ def nearest(vectors_BND: Tensor, anchors_BK: Tensor) -> Tensor:
         anchors_BK: positions, no position twice. Ties go to the anchor that stands first.
     """
     unit_BND = _similarity.unit(vectors_BND)
-    cosines_BNK = unit_BND @ _ops.take_rows(unit_BND, anchors_BK).mT
+    cosines_BNK = product(unit_BND, _ops.take_rows(unit_BND, anchors_BK).mT)
     groups_BK = torch.arange(anchors_BK.shape[1], device=anchors_BK.device).expand_as(anchors_BK)
     return cosines_BNK.argmax(dim=2).scatter(1, anchors_BK, groups_BK)
 

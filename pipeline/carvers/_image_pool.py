@@ -10,6 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+import numpy as np
 import torch
 from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
 from torch import Tensor
@@ -19,11 +20,34 @@ Result = TypeVar("Result")
 _one_blas_thread = threading.Lock()  # the limit holds for the whole process
 
 
-def map_images(function: Callable[[Tensor], Result], matrix_BND: Tensor) -> list[Result]:
-    """Return what a function that computes with NumPy returns for each image of a CPU batch."""
-    workers = max(1, min(len(matrix_BND), torch.get_num_threads()))
+def map_images(function: Callable[..., Result], *matrices_BND: Tensor) -> list[Result]:
+    """Return what a function that computes with NumPy returns for each image of CPU batches."""
+    workers = max(1, min(len(matrices_BND[0]), torch.get_num_threads()))
     with _one_blas_thread, _blas().limit(limits=1), ThreadPoolExecutor(workers) as pool:
-        return list((pool.map if workers > 1 else map)(function, matrix_BND))
+        return list((pool.map if workers > 1 else map)(function, *matrices_BND))
+
+
+def product(left_BNX: Tensor, right_BXM: Tensor) -> Tensor:
+    """Return the (B, N, M) products of two batches of matrices, the same for any batch.
+
+    On a CPU each image's product runs on one core: torch's batched product rounds differently with
+    the number of threads and images. NumPy also does half the work where the right matrix is the
+    left one transposed (1.7 times as fast at 576 x 1024, one thread).
+
+    Args:
+        left_BNX: float32 or float64.
+        right_BXM: of the same dtype and device.
+    """
+    if left_BNX.device.type != "cpu":
+        return left_BNX @ right_BXM
+    num_images, rows, columns = len(left_BNX), left_BNX.shape[1], right_BXM.shape[2]
+    result_BNM = left_BNX.new_empty(num_images, rows, columns)
+    map_images(_multiply, left_BNX.detach(), right_BXM.detach(), result_BNM)
+    return result_BNM
+
+
+def _multiply(left_NX: Tensor, right_XM: Tensor, result_NM: Tensor) -> None:
+    np.matmul(left_NX.numpy(), right_XM.numpy(), out=result_NM.numpy())
 
 
 @functools.cache

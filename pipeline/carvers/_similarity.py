@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pipeline.carvers._image_pool import product
+
 _ALIGNMENT = 16  # float32 values in the 64 bytes that every allocation starts at
 
 
@@ -18,8 +20,8 @@ def centred(features_BND: Tensor) -> Tensor:
 
 def gram(features_BND: Tensor) -> Tensor:
     """Return the (B, N, N) products of all pairs of tokens of an image."""
-    rows_BND = aligned(features_BND.float())
-    return rows_BND @ rows_BND.mT
+    rows_BND = features_BND.float().contiguous()
+    return product(rows_BND, rows_BND.mT)
 
 
 def aligned(rows_BND: Tensor) -> Tensor:

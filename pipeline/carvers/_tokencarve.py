@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pipeline.carvers import _ops
 from pipeline.carvers._base import BudgetCarver
+from pipeline.carvers._image_pool import product
 from pipeline.carvers._information import contributions
 from pipeline.carvers._subspace import contributions_from_subspace
 from pipeline.types import VisualTokens
@@ -130,7 +131,7 @@ def _match(
         return every_BO[:, :0], every_BO[:, :0], every_BO
     targets_BAD = _ops.take_rows(features_BND, targets_BA).double()
     others_BOD = _ops.take_rows(features_BND, others_BO).double()
-    cosines_BOA = others_BOD @ targets_BAD.mT
+    cosines_BOA = product(others_BOD, targets_BAD.mT)
     cosines_BOA /= _length(others_BOD)[:, :, None] * _length(targets_BAD)[:, None, :]
     # Rounded to float32, duplicates tie again whatever order the product was summed in.
     best_BO, owners_BO = cosines_BOA.float().max(dim=2)

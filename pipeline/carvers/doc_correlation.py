@@ -27,6 +27,7 @@ from torch import Tensor
 
 from pipeline.carvers import _ops, _similarity
 from pipeline.carvers._base import Carver
+from pipeline.carvers._image_pool import product
 from pipeline.errors import ConfigError
 from pipeline.types import CarvedTokens, VisualTokens
 
@@ -142,7 +143,7 @@ def _merge(features_BND: Tensor, cosines_BNN: Tensor, is_kept_BN: Tensor) -> tup
     sizes_BN = torch.zeros_like(weights_BN).scatter_add_(1, owners_BN, torch.ones_like(weights_BN))
     shares_BNN = torch.zeros_like(cosines_BNN).scatter_(1, owners_BN[:, None], weights_BN[:, None])
     shares_BNN /= shares_BNN.sum(dim=2, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    means_BND = shares_BNN @ features_BND.float()
+    means_BND = product(shares_BNN, features_BND.float())
     # A token that nothing joined keeps every bit.
     means_BND = means_BND.to(features_BND.dtype)
     return torch.where((sizes_BN == 1)[:, :, None], features_BND, means_BND), sizes_BN
