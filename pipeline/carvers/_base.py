@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import ConfigDict, Field
@@ -64,6 +64,8 @@ class Carver(ABC):
         _ops.require_finite(tokens.features, "features")
         for name in sorted(self.needs):
             _ops.require_finite(_ops.signal(tokens, name), name)
+        # Of one layout in memory, so that sums over it round alike.
+        tokens = replace(tokens, features=tokens.features.contiguous())
         return [result for part in _ops.split(tokens) for result in self._carve(part)]
 
     @abstractmethod

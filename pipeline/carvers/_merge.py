@@ -25,14 +25,14 @@ def nearest(similarities_BNN: Tensor, anchors_BG: Tensor) -> Tensor:
 
 
 def median_positions(owners_BN: Tensor, num_groups: int) -> Tensor:
-    """Return (B, G) the lower median of the positions in each group; no group may be empty."""
+    """Return (B, G) the lower median of the positions in each group; any for an empty one."""
     # Stable, so the positions of a group stand in rising order.
     positions_BN = owners_BN.argsort(dim=1, stable=True)
     sizes_BG = torch.zeros(
         (len(owners_BN), num_groups), dtype=torch.int64, device=owners_BN.device
     ).scatter_add_(1, owners_BN, torch.ones_like(owners_BN))
     starts_BG = sizes_BG.cumsum(dim=1) - sizes_BG
-    return positions_BN.gather(1, starts_BG + (sizes_BG - 1) // 2)
+    return positions_BN.gather(1, (starts_BG + (sizes_BG - 1) // 2).clamp_min(0))
 
 
 def group_means(

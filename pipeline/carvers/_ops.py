@@ -147,7 +147,8 @@ def group_mean(features_BMD: Tensor, owners_BM: Tensor, num_groups: int) -> tupl
 
     Args:
         features_BMD: rows of each image, any float dtype.
-        owners_BM: group of each row, in [0, num_groups); no group may be empty.
+        owners_BM: group of each row, in [0, num_groups). An empty group has size 0 and a mean that
+            is not a number.
         num_groups: G.
 
     Returns:

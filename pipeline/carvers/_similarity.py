@@ -5,11 +5,8 @@ B images, N tokens, D feature width. An image's result does not depend on its ba
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from pipeline.carvers._image_pool import product
-
-_ALIGNMENT = 16  # float32 values in the 64 bytes that every allocation starts at
 
 
 def centred(features_BND: Tensor) -> Tensor:
@@ -22,16 +19,6 @@ def gram(features_BND: Tensor) -> Tensor:
     """Return the (B, N, N) products of all pairs of tokens of an image."""
     rows_BND = features_BND.float().contiguous()
     return product(rows_BND, rows_BND.mT)
-
-
-def aligned(rows_BND: Tensor) -> Tensor:
-    """Return float32 rows with zeros added up to a width that matrix products treat alike.
-
-    On a CPU the last bits of a product depend on how its factors lie in memory, and so, for widths
-    that are no multiple of 16, on the place of an image in its batch. Zeros change no product.
-    """
-    missing = -rows_BND.shape[2] % _ALIGNMENT
-    return functional.pad(rows_BND, (0, missing)) if missing else rows_BND
 
 
 def cosines(features_BND: Tensor) -> Tensor:

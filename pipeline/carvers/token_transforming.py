@@ -22,6 +22,7 @@ from torch import Tensor
 
 from pipeline.carvers import _ops, _similarity
 from pipeline.carvers._base import BudgetCarver
+from pipeline.carvers._image_pool import product
 from pipeline.types import CarvedTokens, VisualTokens
 
 
@@ -53,16 +54,13 @@ class TokenTransforming(BudgetCarver):
         kept_BK = _ops.best_first(_ops.signal(tokens, self.attention))[:, :num_kept]
         if num_kept == num_tokens:
             return _ops.keep(tokens.features, kept_BK)
-        features_BND = _similarity.aligned(tokens.features.float())
-        blended_BKD = (self._weights(tokens, kept_BK) @ features_BND)[
-            ..., : tokens.features.shape[2]
-        ]
+        blended_BKD = product(self._weights(tokens, kept_BK), tokens.features.float())
         rows_BK = torch.arange(num_kept, device=kept_BK.device).expand_as(kept_BK)
         sizes_BK = torch.full(kept_BK.shape, num_tokens / num_kept, device=kept_BK.device)
         return _ops.collect(blended_BKD.to(tokens.features.dtype), rows_BK, kept_BK, sizes_BK)
 
     def _weights(self, tokens: VisualTokens, kept_BK: Tensor) -> Tensor:
         """Return the (B, K, N) share of every token in each kept one; rows sum to 1."""
-        keys_BNX = _similarity.aligned(_similarity.unit(_ops.signal(tokens, "mean_keys")))
-        cosines_BKN = _ops.take_rows(keys_BNX, kept_BK) @ keys_BNX.mT
+        keys_BNX = _similarity.unit(_ops.signal(tokens, "mean_keys"))
+        cosines_BKN = product(_ops.take_rows(keys_BNX, kept_BK), keys_BNX.mT)
         return (cosines_BKN / self.temperature).softmax(dim=2)

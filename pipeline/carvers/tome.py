@@ -23,6 +23,7 @@ from torch import Tensor
 
 from pipeline.carvers import _merge, _ops, _similarity
 from pipeline.carvers._base import BudgetCarver
+from pipeline.carvers._image_pool import product
 from pipeline.types import CarvedTokens, VisualTokens
 
 
@@ -89,8 +90,8 @@ def match(metric_BTX: Tensor, num_merged: int) -> Tensor:
         (B, T) the row of each token in the next list: first the even tokens that were not merged,
         by falling similarity, then all odd tokens in order. Ties go to the lower place.
     """
-    unit_BTX = _similarity.aligned(_similarity.unit(metric_BTX))
-    cosines_BEO = unit_BTX[:, ::2] @ unit_BTX[:, 1::2].mT
+    unit_BTX = _similarity.unit(metric_BTX)
+    cosines_BEO = product(unit_BTX[:, ::2].contiguous(), unit_BTX[:, 1::2].contiguous().mT)
     partners_BE = cosines_BEO.argmax(dim=2)
     best_BE = cosines_BEO.gather(2, partners_BE[:, :, None]).squeeze(2)
     rows_BE = _ops.inverse(_ops.best_first(best_BE)) - num_merged
