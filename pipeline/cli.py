@@ -98,17 +98,23 @@ def calibrate(
 
 
 @app.command("list")
-def list_plugins(kind: Annotated[str, typer.Argument(help="carvers, codecs or encoders")]) -> None:
+def list_plugins(
+    kind: Annotated[str, typer.Argument(help="carvers, codecs or encoders")],
+    full: Annotated[bool, typer.Option("--full", help="With options and sources.")] = False,
+) -> None:
     """List the plug-ins of one kind as a Markdown table."""
-    kinds: dict[str, Callable[[], str]] = {
-        "carvers": lambda: plugin_table.markdown(carvers.names(), carvers.load),
-        "codecs": lambda: plugin_table.markdown(codecs.names(), codecs.load),
-        "encoders": lambda: plugin_table.markdown(encoders.names(), encoders.load),
-    }
+    kinds = {"carvers": carvers, "codecs": codecs, "encoders": encoders}
+    columns: dict[str, Callable[[type], str]] = {}
     if kind not in kinds:
         print(f"no kind {kind!r}; known: {', '.join(kinds)}", file=sys.stderr)
         raise typer.Exit(int(ExitCode.CONFIG))
-    print(kinds[kind]())
+    if kind == "carvers":
+        columns = {
+            "reads": lambda carver: ", ".join(sorted(carver().needs)) or "features",
+            "prefix": lambda carver: "exact" if carver().nested else "approximate",
+        }
+    names, load = kinds[kind].names(), kinds[kind].load
+    print(plugin_table.full(names, load) if full else plugin_table.brief(names, load, columns))
 
 
 @app.command()

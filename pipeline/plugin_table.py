@@ -1,11 +1,29 @@
-"""The table of plug-ins that README shows, made from their classes and module docstrings."""
+"""Tables of plug-ins, made from their classes and module docstrings."""
 
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 
-def markdown(names: Sequence[str], load: Callable[[str], type]) -> str:
+def brief(
+    names: Sequence[str],
+    load: Callable[[str], type],
+    columns: Mapping[str, Callable[[type], str]],
+) -> str:
+    """Return a Markdown table: name, what it does, and what `columns` say of each class."""
+    lines = [
+        f"| {' | '.join(['name', 'what it does', *columns])} |",
+        "|" + "---|" * (2 + len(columns)),
+    ]
+    for name in names:
+        kind = load(name)
+        document = sys.modules[kind.__module__].__doc__ or ""
+        cells = [f"`{name}`", _first_line(document), *(column(kind) for column in columns.values())]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def full(names: Sequence[str], load: Callable[[str], type]) -> str:
     """Return a Markdown table: name, what it does, options with their defaults, source."""
     lines = ["| name | what it does | options | source |", "|---|---|---|---|"]
     for name in names:

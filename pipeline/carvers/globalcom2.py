@@ -36,16 +36,16 @@ class GlobalCom2(BudgetCarver):
     """Keep a share of the thumbnail, and in each tile a share that the thumbnail chooses.
 
     Args:
-        placement: `faithful` gives a kept token of a padded tile the position the released code
-            puts it at: its index among the tile's unpadded tokens, taken for an index among all of
-            them. `corrected` gives it its own. Both are the same where there is no padding.
+        placement: `corrected` gives a kept token its own position. `faithful` gives one of a padded
+            tile that at which the released code puts it: its index among the tile's unpadded
+            tokens, taken for an index among all of them. Without padding both are the same.
         temperature: of the softmax over the tiles' summed attention; higher evens shares out.
         attention: of the thumbnail and of the tiles.
     """
 
     nested: ClassVar[bool] = False  # a smaller budget takes from all views
 
-    placement: Literal["faithful", "corrected"] = "faithful"
+    placement: Literal["corrected", "faithful"] = "corrected"
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 10.0
     attention: Literal["cls_logits", "received_attention"] = "cls_logits"
 

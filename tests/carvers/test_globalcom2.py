@@ -99,7 +99,7 @@ def test_faithful_placement_puts_features_where_the_released_code_does(case):
     tokens = golden(case)
     source, cell, in_stream = stored(case)
 
-    result = carve(tokens, keep_ratio=case.options["retention_ratio"])[0]
+    result = carve(tokens, keep_ratio=case.options["retention_ratio"], placement="faithful")[0]
 
     of_tiles = result.positions >= 576
     by_cell = cell.argsort()
