@@ -59,14 +59,18 @@ class Carver(ABC):
 
         Raises:
             MissingSignalError: the batch lacks a signal named in `needs`.
-            NonFiniteError: features or a needed signal hold NaN or infinity; names the images.
+            NonFiniteError: features or a needed signal hold NaN or infinity, or sums of a carver
+                that adds tokens up leave the dtype of the features; names the images.
         """
         _ops.require_finite(tokens.features, "features")
         for name in sorted(self.needs):
             _ops.require_finite(_ops.signal(tokens, name), name)
         # Of one layout in memory, so that sums over it round alike.
-        tokens = replace(tokens, features=tokens.features.contiguous())
-        return [result for part in _ops.split(tokens) for result in self._carve(part)]
+        tokens = replace(tokens, features=tokens.features.detach().contiguous())
+        results = [result for part in _ops.split(tokens) for result in self._carve(part)]
+        if not self.averages:
+            _ops.require_finite_results(results, type(self).__name__)
+        return results
 
     @abstractmethod
     def _carve(self, tokens: VisualTokens) -> list[CarvedTokens]:

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import heapq
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -18,7 +18,10 @@ from pipeline.errors import MissingSignalError, NonFiniteError
 from pipeline.types import CarvedTokens, VisualTokens
 
 MAX_MATRIX_BYTES = 256 * 2**20
-"""No (B, N, N) float32 matrix of a carver is larger; batches are cut into parts of fewer images."""
+"""No (B, N, N) float32 matrix of a carver is larger; batches are cut into parts of fewer images.
+
+A rule holds up to five such matrices at once; `benchmarks/carvers.md` has what each takes in all.
+"""
 
 
 def split(tokens: VisualTokens) -> Iterator[VisualTokens]:
@@ -61,6 +64,21 @@ def require_finite(values_BNX: Tensor, name: str) -> None:
     if not bool(finite_B.all()):
         images = (~finite_B).nonzero().flatten().tolist()
         raise NonFiniteError(f"{name} of image {images} of the batch holds NaN or infinity")
+
+
+def require_finite_results(results: Sequence[CarvedTokens], carver: str) -> None:
+    """Refuse sums of finite tokens that are too large for the dtype of the features.
+
+    Raises:
+        NonFiniteError: naming the images of the batch, the carver and the dtype.
+    """
+    images = [i for i, result in enumerate(results) if not bool(result.features.isfinite().all())]
+    if images:
+        dtype = str(results[0].features.dtype).removeprefix("torch.")
+        raise NonFiniteError(
+            f"{carver} adds tokens of image {images} of the batch up to more than {dtype} holds; "
+            "encode in bfloat16 or float32, or take a carver that keeps or averages tokens"
+        )
 
 
 def best_first(scores_BN: Tensor) -> Tensor:

@@ -6,10 +6,10 @@ Source: none for the rule, a wrapper built here; the effective rank of centred f
 of an image's variety is AgilePruner's (arXiv 2603.01236), see `_rank`.
 Differs: from AgilePruner, which changes thresholds and not the count. **Until it is calibrated
 (`mean_rank` is null) nothing adapts: every image gets the mean budget.** `carve calibrate` sets
-`mean_rank` from a sample of the corpus: the rank that earns the mean budget, such that the sample
-keeps what was asked on average, rounding and bounds included. The corpus does so as far as it is
-like the sample; calibrate again after a change of encoder, budget or bounds. Options of the wrapped
-carver that depend on the corpus are not set: calibrate it by itself first. Batches become ragged.
+`mean_rank` from a sample of the corpus, such that the sample is given what was asked on average,
+rounding and bounds included. `llavolta`, `adsc_stride`, `average_pool` and, on tiles, `globalcom2`
+keep somewhat less than they are given. Calibrate again after a change of encoder, budget or bounds.
+Options of the wrapped carver are not set: calibrate it by itself first. Batches become ragged.
 Needs: what the wrapped carver needs.
 Cost: eigenvalues of the smaller Gram matrix, O(N^2 D + N^3) per image in float64. A nested carver
 runs once, at the largest budget of a batch; another once for each budget that occurs.

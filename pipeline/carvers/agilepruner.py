@@ -13,7 +13,8 @@ have rank 1. `r_avg` belongs to one model and corpus (90 is LLaVA-1.5's, feature
 projector): for others, and for towers without a class token (`received_attention`), use
 `calibrated`. Deleted tokens come back by rank where too few are left, so any K is met exactly.
 Needs: one attention of the vision tower.
-Cost: N^2 D, and N^3 in float64 for the singular values (on a CPU one core per image).
+Cost: N^2 D, and N^3 in float64 for the singular values (on a CPU one core per image); the sweep is
+some passes over N^2, up to N / 2 where each token would delete the next.
 """
 
 import dataclasses

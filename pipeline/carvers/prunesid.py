@@ -11,7 +11,8 @@ Scores are the attention, as in the code for LLaVA, or the weight in the group's
 the paper and the code for Qwen2-VL, whose other constants are not used. Per-image budgets (-Dyn)
 are not part of the code. Ranks take the best token of each group first, then the second ones.
 Needs: with `score="attention"` one attention of the vision tower.
-Cost: 2 N^2 D and N^3 in float64 (on a CPU one core per image).
+Cost: 2 N^2 D and N^3 in float64 (on a CPU one core per image); the suppression is some passes over
+N^2, up to N / 2 where each token would suppress the next.
 """
 
 from dataclasses import dataclass

@@ -11,7 +11,8 @@ Differs: the original fails where a list is odd; here its last token sits such a
 compare the features that are stored: the original does before the projector, the port behind it.
 Of equally similar tokens the first of the list goes. Zero vectors are similar to nothing. Views of
 an image are pruned each by itself, with equal shares of the budget.
-Needs: the class token's attention, or the received one (the original's way for SigLIP).
+Needs: the class token's attention, or the received one (the original takes it
+for SigLIP, of the last layer; the signal is of the selected one).
 Cost: O(N^2 D) per image, and N / 8 rounds over what is left.
 """
 

@@ -45,6 +45,8 @@ class Vqtoken(BudgetCarver):
 
     conserves: ClassVar[bool] = True
 
+    averages: ClassVar[bool] = False  # the elbow form averages unit vectors
+
     form: Literal["fixed", "elbow"] = "fixed"
     max_clusters: Annotated[int, Field(ge=1)] = 32
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0

@@ -7,8 +7,9 @@ the nearest kept token.
 Source: ZOO-Prune: Training-Free Token Pruning via Zeroth-Order Gradient Estimation in
 Vision-Language Models, arXiv 2509.24837 (CVPR 2026); written from a description of the method.
 Differs: the original estimates the sensitivity from 64 random directions and finite differences,
-so its result depends on a seed. Here it is the closed form of what that estimates (`zoo-exact`),
-a signal of the encoder: the carver draws no random numbers and needs no projector. The original
+so its result depends on a seed. Here it is the root mean square over all directions in closed form
+(`zoo-exact`) where the original takes the mean over 64, almost the same ranking; it is a signal of
+the encoder, so the carver draws no random numbers and needs no projector. The original
 compares projected tokens; this one the stored features, whatever their stage. It adds all newline
 tokens of a tiled image on top of the budget; a cache holds none. Where all tokens of an image are
 equally sensitive they weigh 1, not 0, and distance alone decides. Added: tokens within a distance

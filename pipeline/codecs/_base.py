@@ -85,7 +85,8 @@ class Codec(ABC):
             dtype: of the result; a value beyond its range becomes infinite.
 
         Returns:
-            (sum of K, D) features, image after image.
+            (sum of K, D) features, image after image. Damaged bytes of the right length give other
+            values, even infinite ones: it is the checksums of a cache's rows that find damage.
 
         Raises:
             CacheFormatError: no images, an image without tokens, lengths that do not fit the

@@ -43,7 +43,7 @@ from pipeline.codecs._sums import sum_rows
 from pipeline.errors import CacheFormatError
 from pipeline.types import PackedTokens
 
-_LARGEST = 65504.0  # of float16
+_LARGEST = {"float16": 65504.0, "float32": 1e30}  # products of the low-rank part stay finite
 _WIDEST = 65536  # places of outliers have 16 bits
 _WIDTH = struct.Struct("<I")
 
@@ -111,7 +111,8 @@ class Gear(Codec):
         Raises:
             ValueError: also if D or K is above 65536.
         """
-        rows_KD, _ = largest_per_token(features, codec=self, limit=_LARGEST)
+        limit = _LARGEST[self.numbers]
+        rows_KD, _ = largest_per_token(features, codec=self, limit=limit)
         count, width = rows_KD.shape
         if max(count, width) > _WIDEST:
             raise ValueError(f"features are {count} x {width}; codec gear takes up to {_WIDEST}")

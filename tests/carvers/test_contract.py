@@ -18,7 +18,7 @@ from pipeline import carvers
 from pipeline.carvers import _ops
 from pipeline.carvers._base import Carver, ScoreCarver
 from pipeline.errors import ConfigError, MissingSignalError, NonFiniteError
-from pipeline.types import SIGNALS, CarvedTokens, VisualTokens
+from pipeline.types import SIGNALS, CarvedTokens, TileLayout, VisualTokens
 from tests.carvers.inputs import make_tokens
 
 NAMES = carvers.names()
@@ -107,18 +107,36 @@ def test_its_file_is_short_enough_to_read_at_once(name):
     assert len(lines) <= MAX_LINES
 
 
+TILED = TileLayout(rows=1, columns=2, unpadded=(1, 4, 0, 8))  # padding above
+KINDS = [  # of input: grid, views, how tiles lie, budget
+    ((5, 7), 1, None, 9),
+    ((3, 4), 3, None, 8),
+    ((1, 1), 1, None, 1),
+    ((4, 4), 2, None, 32),
+    ((4, 4), 3, TILED, 12),
+]
+KEEP_FEWER = {"adsc_stride", "average_pool", "globalcom2", "llavolta", "vqtoken"}
+"""Carvers whose count has only certain values, or that find fewer tokens to keep."""
+
+ADD_UP = {"prumerge_plus", "visionzip"}
+"""Carvers that by default add tokens up rather than average them."""
+
+
 @every_variant
 def test_every_choice_of_its_options_carves(name, options):
-    for grid, views, keep in [((5, 7), 1, 9), ((3, 4), 3, 8), ((1, 1), 1, 1), ((4, 4), 2, 32)]:
+    for grid, views, tiles, keep in KINDS:
         carver = build(name, options, keep_tokens=keep)
         tokens = make_tokens(carver.needs, grid=grid, num_views=views, batch=2)
+        tokens = dataclasses.replace(tokens, tiles=tiles)
 
         results = carver.carve(tokens)
 
         for image, result in enumerate(results):
             assert_valid(result, tokens)
-            if takes_budget(name):
+            if name in KEEP_FEWER:
                 assert len(result.positions) <= keep
+            elif takes_budget(name):
+                assert len(result.positions) == keep
             assert_same(carver.carve(only(tokens, [image]))[0], result)
             if carver.conserves:
                 assert_close(result.sizes.sum().item(), float(tokens.features.shape[1]))
@@ -377,9 +395,9 @@ def test_a_nested_carver_keeps_the_best_of_any_larger_result(name, larger):
 
 @pytest.mark.parametrize("fill", [0.0, 0.1, -3.0, 4096.0])
 @pytest.mark.parametrize("dtype", DTYPES)
-@every_carver
-def test_tokens_that_are_all_equal_are_carved(name, dtype, fill):
-    carver = build(name, keep_tokens=9)
+@every_variant
+def test_tokens_that_are_all_equal_are_carved(name, options, dtype, fill):
+    carver = build(name, options, keep_tokens=9)
     tokens = make_tokens(carver.needs)
     features = torch.full_like(tokens.features, fill, dtype=dtype)
     signals = {key: torch.full_like(signal, 0.25) for key, signal in tokens.signals.items()}
@@ -409,8 +427,23 @@ def test_equal_scores_keep_the_lower_positions(name):
 
 
 @every_carver
-def test_duplicate_tokens_are_carved(name):
+def test_large_values_of_half_precision_are_carved_or_refused_by_name(name):
     carver = build(name, keep_tokens=9)
+    tokens = make_tokens(carver.needs)
+    signs = torch.where(tokens.features > -1, 1.0, -1.0)
+    large = dataclasses.replace(tokens, features=(60000 * signs).half())
+
+    if name not in ADD_UP:
+        for result in carver.carve(large):
+            assert_valid(result, large)
+    else:
+        with pytest.raises(NonFiniteError, match=rf"{type(carver).__name__} adds .* float16 holds"):
+            carver.carve(large)
+
+
+@every_variant
+def test_duplicate_tokens_are_carved(name, options):
+    carver = build(name, options, keep_tokens=9)
     tokens = make_tokens(carver.needs, grid=(4, 8))
     signals = {key: signal[:, torch.arange(32) // 4] for key, signal in tokens.signals.items()}
     duplicated = VisualTokens(

@@ -210,3 +210,15 @@ def test_damaged_numbers_are_refused(part: str, start: int) -> None:
 
     with pytest.raises(CacheFormatError, match="factors hold nan, expected finite"):
         codec.unpack([damaged])
+
+
+@pytest.mark.parametrize("scale", [1e6, 1e29])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_float32_numbers_hold_values_beyond_float16(bits, scale):
+    codec = codecs.build("gear", {"bits": bits, "numbers": "float32"})
+    rows = scale * torch.randn(40, 96, generator=torch.Generator().manual_seed(0))
+
+    error = codec.unpack([codec.pack(rows)]).double() - rows.double()
+
+    rms = error.square().mean().sqrt() / rows.abs().max()
+    assert rms <= codec.max_error
