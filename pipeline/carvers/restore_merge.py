@@ -8,8 +8,9 @@ Source: RESTORE (ICML 2026), arXiv 2606.01711; code cvlab-yonsei/RESTORE @ 9b27e
 which only a description was used.
 Differs: the original also adds a bias of sizes and distances to the attention of the language
 model, which a cache cannot; it stores the sizes and positions that this needs. `rule="code"`
-compares an anchor with tokens of lower density, as the released code does; `rule="paper"` with
-those of higher density, as the paper says; they agree on few anchors. Added: ranks (kept tokens and
+compares an anchor with tokens of lower density among those left over, as the released code does;
+`rule="paper"` with those of higher density among all tokens, as the paper says; they agree on few
+anchors. Added: ranks (kept tokens and
 anchors in turns, by their shares), zero tokens (similar to nothing), any selecting carver.
 Without that bias serve positions without gaps (`docs/methods.md`).
 Needs: what the selecting carver needs.
@@ -90,15 +91,24 @@ class RestoreMerge(BudgetCarver):
         # Positions of the others, rising.
         rest_BM = is_kept_BN.byte().argsort(dim=1, stable=True)[:, : num_tokens - kept_BS.shape[1]]
         rows_BMD = _ops.take_rows(tokens.features, rest_BM)
-        similarities_BMM = _similarity.cosines(rows_BMD)
-        best_BG = self._anchors(similarities_BMM)[:, : num_kept - kept_BS.shape[1]]
+        unit_BMD = _similarity.unit(rows_BMD)
+        similarities_BMM = _similarity.gram(unit_BMD)
+        densities_BM = similarities_BMM.sum(dim=2)
+        if self.rule == "paper":
+            total_B1D = _similarity.unit(tokens.features).sum(dim=1, keepdim=True)
+            densities_BM = (unit_BMD * total_B1D).sum(dim=2)
+        best_BM = self._anchors(similarities_BMM, densities_BM)
+        # Equal similarities join the anchor of the lower position.
+        best_BG, places_BG = best_BM[:, : num_kept - kept_BS.shape[1]].sort(dim=1)
         owners_BM = _merge.nearest(similarities_BMM, best_BG)
         means_BGD, sizes_BG, medians_BG = _merge.group_means(rows_BMD, owners_BM, best_BG.shape[1])
 
         merged_BKD = torch.cat([_ops.take_rows(tokens.features, kept_BS), means_BGD], dim=1)
         positions_BK = torch.cat([kept_BS, rest_BM.gather(1, medians_BG)], dim=1)
         sizes_BK = torch.cat([torch.ones_like(kept_BS, dtype=torch.float32), sizes_BG], dim=1)
+        best_first_BG = _ops.inverse(places_BG) + kept_BS.shape[1]
         rows_BK = torch.arange(num_kept, device=rest_BM.device).expand_as(positions_BK)
+        rows_BK = torch.cat([rows_BK[:, : kept_BS.shape[1]], best_first_BG], dim=1)
         order_BK = _anchors.in_turns(rows_BK, (rows_BK >= kept_BS.shape[1]).long())
         return _ops.collect(
             merged_BKD, order_BK, positions_BK.gather(1, order_BK), sizes_BK.gather(1, order_BK)
@@ -112,9 +122,8 @@ class RestoreMerge(BudgetCarver):
         assert isinstance(self._selector, SelectionCarver)
         return self._selector.select(tokens, num_kept)
 
-    def _anchors(self, similarities_BMM: Tensor) -> Tensor:
+    def _anchors(self, similarities_BMM: Tensor, densities_BM: Tensor) -> Tensor:
         """Return (B, M) rows, the best anchor first."""
-        densities_BM = similarities_BMM.sum(dim=2)
         mine_BM1, theirs_B1M = densities_BM[:, :, None], densities_BM[:, None, :]
         compared_BMM = theirs_B1M < mine_BM1 if self.rule == "code" else theirs_B1M > mine_BM1
         likest_BM = similarities_BMM.masked_fill(~compared_BMM, -torch.inf).amax(dim=2)

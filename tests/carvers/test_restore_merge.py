@@ -20,7 +20,10 @@ def by_the_text(
     rest = [i for i in range(len(features)) if i not in kept]
     unit = {i: features[i].double() / features[i].double().norm() for i in rest}
     cosine = {(i, j): float(unit[i] @ unit[j]) for i in rest for j in rest}
-    density = {i: sum(cosine[i, j] for j in rest) for i in rest}
+    everyone = [row.double() / row.double().norm() for row in features]
+    density = {i: float(sum(unit[i] @ row for row in everyone)) for i in rest}
+    if rule == "code":
+        density = {i: sum(cosine[i, j] for j in rest) for i in rest}
     score = {}
     for i in rest:
         if rule == "code":
@@ -28,7 +31,7 @@ def by_the_text(
         else:
             others = [cosine[i, j] for j in rest if density[j] > density[i]]
         score[i] = density[i] * (1 - (max(others) if others else 0.0))
-    anchors = sorted(rest, key=lambda i: (-score[i], i))[:num_anchors]
+    anchors = sorted(sorted(rest, key=lambda i: (-score[i], i))[:num_anchors])
     groups: dict[int, list[int]] = {a: [a] for a in anchors}
     for i in rest:
         if i not in groups:
