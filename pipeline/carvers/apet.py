@@ -7,9 +7,9 @@ Differs: the basis starts at the token nearest the mean instead of a random one.
 puts basis tokens in the places of the kept tokens of least error, so that those are lost, the
 position of each basis token is another token's, and the basis counts twice, since it is merged as
 well: `placement="faithful"`. By default basis tokens stand where they come from, and each token
-counts once. Added: at most half of the budget is basis, so that there is always something to merge
-into; a budget of all tokens leaves them unchanged; sizes. Coefficients are solved in float64, in
-which the published ridge of 1e-5 is not lost beside large features.
+counts once. Added: a budget that the basis would fill is half basis, so that there is always
+something to merge into; a budget of all tokens leaves them unchanged; sizes. Coefficients are
+solved in float64, in which the published ridge of 1e-5 is not lost beside large features.
 Needs: no signal.
 Cost: O(K N D) per image.
 """
@@ -45,17 +45,22 @@ class Apet(BudgetCarver):
 
     nested: ClassVar[bool] = False  # what is merged depends on the budget
 
-    conserves: ClassVar[bool] = True
+    conserves: ClassVar[bool] = True  # but for an instance with the faithful placement
 
     num_basis: Annotated[int, Field(ge=1)] = 10
     placement: Literal["corrected", "faithful"] = "corrected"
+
+    def __post_init__(self) -> None:
+        """Check the budget; say that the faithful placement loses tokens."""
+        super().__post_init__()
+        object.__setattr__(self, "conserves", self.placement == "corrected")
 
     def _carve(self, tokens: VisualTokens) -> list[CarvedTokens]:
         features_BND = tokens.features
         num_tokens = features_BND.shape[1]
         num_kept = self.budget(num_tokens)
-        basis_BM = _basis(features_BND.float(), min(self.num_basis, num_kept // 2))
-        num_basis = basis_BM.shape[1]
+        num_basis = self.num_basis if self.num_basis < num_kept else num_kept // 2
+        basis_BM = _basis(features_BND.float(), num_basis)
         num_others = num_kept - num_basis
         errors_BN = _errors(features_BND.double(), basis_BM)
         if self.placement == "faithful" and num_kept < num_tokens:

@@ -4,15 +4,16 @@ A share of the budget goes to the tokens that a selecting carver picks. Among th
 that resemble many but no token of other density become anchors, and the rest is averaged into
 the anchor most like it.
 
-Source: RESTORE (ICML 2026), arXiv 2606.01711; code cvlab-yonsei/RESTORE @ 9b27e68, GPL-3.0, of
-which only a description was used.
+Source: Cho et al., Improving Visual Token Reduction via Rectifying Distortions for Efficient
+Multimodal LLM Inference (RESTORE), arXiv 2606.01711; github.com/cvlab-yonsei/RESTORE @ 9b27e68,
+GPL-3.0, of which only a description was used.
 Differs: the original also adds a bias of sizes and distances to the attention of the language
 model, which a cache cannot; it stores the sizes and positions that this needs. `rule="code"`
 compares an anchor with tokens of lower density among those left over, as the released code does;
 `rule="paper"` with those of higher density among all tokens, as the paper says; they agree on few
-anchors. Added: ranks (kept tokens and
-anchors in turns, by their shares), zero tokens (similar to nothing), any selecting carver.
-Without that bias serve positions without gaps (`docs/methods.md`).
+anchors. Added: ranks (kept tokens and anchors in turns, by their shares), zero tokens (similar to
+nothing), any selecting carver; calibrate one that depends on the corpus by itself first. Without
+that bias serve positions without gaps (`docs/methods.md`).
 Needs: what the selecting carver needs.
 Cost: the selecting carver, and O(N^2 D).
 """
@@ -79,7 +80,8 @@ class RestoreMerge(BudgetCarver):
 
     def describe(self) -> Mapping[str, Any]:
         """The options; of the selecting carver all that decide."""
-        return {**asdict(self), "selector_options": self._selector.describe()}
+        options = {k: v for k, v in self._selector.describe().items() if k not in _BUDGET}
+        return {**asdict(self), "selector_options": options}
 
     def _carve(self, tokens: VisualTokens) -> list[CarvedTokens]:
         num_tokens = tokens.features.shape[1]

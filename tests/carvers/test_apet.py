@@ -17,7 +17,7 @@ def by_the_text(features: Tensor, keep: int, num_basis: int, placement: str) -> 
     num_tokens = len(features)
     distances = [float((row - features.mean(dim=0)).norm()) for row in features]
     basis = [distances.index(min(distances))]
-    while len(basis) < min(num_basis, keep // 2):
+    while len(basis) < (num_basis if num_basis < keep else keep // 2):
         nearest = [min(float((row - features[b]).norm()) for b in basis) for row in features]
         basis.append(nearest.index(max(nearest)))
     rows = features[basis]
@@ -43,7 +43,13 @@ def by_the_text(features: Tensor, keep: int, num_basis: int, placement: str) -> 
 @pytest.mark.parametrize("placement", ["corrected", "faithful"])
 @pytest.mark.parametrize(
     ("grid", "width", "keep", "num_basis"),
-    [((5, 7), 40, 20, 6), ((6, 8), 12, 30, 10), ((4, 9), 20, 9, 10), ((3, 5), 30, 14, 3)],
+    [
+        ((5, 7), 40, 20, 6),
+        ((6, 8), 12, 30, 10),
+        ((4, 9), 20, 9, 10),
+        ((3, 5), 30, 14, 3),
+        ((5, 6), 24, 11, 10),
+    ],
 )
 def test_it_equals_the_rules_token_by_token(placement, grid, width, keep, num_basis):
     tokens = make_tokens([], grid=grid, width=width, batch=2)
@@ -96,6 +102,13 @@ def test_the_published_placement_loses_the_tokens_whose_places_the_basis_takes()
     lost = tokens.features[0, taken].sum(dim=0)
     basis = tokens.features[0, [5, 6]].sum(dim=0)
     assert_close(merged, tokens.features[0].sum(dim=0) - lost + basis)
+
+
+def test_only_the_corrected_placement_counts_every_token_once():
+    faithful = carvers.build("apet", {"placement": "faithful"})
+
+    assert carvers.build("apet").conserves
+    assert not faithful.conserves
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3, 5])

@@ -118,3 +118,4 @@ def test_its_description_tells_selectors_apart():
 
     assert plain.describe() != other.describe()
     assert plain.describe()["selector_options"]["alpha"] == 1.0
+    assert not {"keep_tokens", "keep_ratio"} & plain.describe()["selector_options"].keys()
