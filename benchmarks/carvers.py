@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import transformers
+from hardware import processor
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
@@ -223,14 +224,6 @@ def main() -> None:
     for shape in SHAPES:
         for keep in shape.keep:
             report(shape, keep, options)
-
-
-def processor() -> str:
-    """Return the processor's name as the system gives it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

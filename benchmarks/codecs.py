@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from hardware import processor
 from PIL import Image
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
@@ -183,14 +184,6 @@ def speeds(images: list[Tensor], rounds: int) -> list[tuple[float, float]]:
             codec.unpack(packed)
             best[place] = np.minimum(best[place], (middle - start, time.perf_counter() - middle))
     return [(size / pack, size / unpack) for pack, unpack in best]
-
-
-def processor() -> str:
-    """Return the processor's name as the system gives it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def label(name: str, options: Options) -> str:

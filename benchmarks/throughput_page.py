@@ -6,10 +6,10 @@ import platform
 import statistics
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
+from hardware import processor
 
 _PACKAGES = ("torch", "torchvision", "transformers", "ray", "pyarrow", "pillow", "numpy")
 _TARGETS = {"bound": 0.9, "ray_data": 1.3, "ray_data_no_op": 2.0, "bare": 0.9, "growth": 0.05}
@@ -28,7 +28,7 @@ _STAGES_WHAT = {
 def machine(device: str) -> dict[str, str]:
     """Return what this runs on."""
     info = {
-        "CPU": f"{_processor()}, {os.cpu_count()} logical cores",
+        "CPU": f"{processor()}, {os.cpu_count()} logical cores",
         "memory": f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.0f} GiB",
         "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
         "packages": ", ".join(
@@ -42,13 +42,6 @@ def machine(device: str) -> dict[str, str]:
         count = torch.cuda.device_count()
         info["GPU"] = f"{count} x {torch.cuda.get_device_name(0)}, CUDA {torch.version.cuda}"
     return info
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def round_line(measured: Mapping[str, Any]) -> str:

@@ -13,10 +13,10 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
+from hardware import processor
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 from torch import Tensor
@@ -141,14 +141,6 @@ def timed(forms: Forms, rounds: int) -> dict[str, list[float]]:
             form()
             times[name].append(time.perf_counter() - start)
     return times
-
-
-def processor() -> str:
-    """Return the processor's name as the system gives it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def report(options: argparse.Namespace, threads: int) -> None:

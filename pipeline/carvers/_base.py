@@ -11,6 +11,9 @@ from torch import Tensor
 from pipeline.carvers import _ops
 from pipeline.types import CarvedTokens, VisualTokens
 
+BUDGET_OPTIONS = frozenset({"keep_tokens", "keep_ratio"})
+"""Options of every `BudgetCarver`; a carver that wraps another sets the other's budget itself."""
+
 DEFAULT_KEEP_RATIO = 0.25
 """Kept share of the tokens where a configuration names no budget."""
 

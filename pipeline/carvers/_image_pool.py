@@ -1,4 +1,6 @@
-"""Linear algebra of one image on one core, as many images at once as there are threads.
+"""Linear algebra image by image on a CPU's cores, and part by part of a batch on a GPU.
+
+On a CPU one image has one core, and as many images run at once as there are threads.
 
 An image is too little work for several cores. One core each also makes the result independent of
 the number of threads and of batch-mates.
@@ -17,6 +19,8 @@ from torch import Tensor
 
 Result = TypeVar("Result")
 
+_CHUNK_BYTES = 512 * 2**20  # 27 images of 576 x 4096
+
 _one_blas_thread = threading.Lock()  # the limit holds for the whole process
 
 
@@ -25,6 +29,22 @@ def map_images(function: Callable[..., Result], *matrices_BND: Tensor) -> list[R
     workers = max(1, min(len(matrices_BND[0]), torch.get_num_threads()))
     with _one_blas_thread, _blas().limit(limits=1), ThreadPoolExecutor(workers) as pool:
         return list((pool.map if workers > 1 else map)(function, *matrices_BND))
+
+
+def in_float64(
+    function: Callable[[Tensor], Tensor], matrix_BND: Tensor, *, values_per_image: int
+) -> Tensor:
+    """Return what a batched function gives for a batch in float64, joined along the images.
+
+    The batch is cut into parts, so that the float64 copies of each stay below 512 MiB.
+
+    Args:
+        function: from (b, N, D) float64 to (b, *).
+        matrix_BND: any float dtype.
+        values_per_image: float64 numbers that it makes of an image at once.
+    """
+    images = max(1, _CHUNK_BYTES // (8 * values_per_image))
+    return torch.cat([function(part.double()) for part in torch.split(matrix_BND, images)])
 
 
 def product(left_BNX: Tensor, right_BXM: Tensor) -> Tensor:

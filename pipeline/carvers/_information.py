@@ -16,7 +16,6 @@ from pipeline.carvers import _image_pool
 
 Values = TypeVar("Values", Tensor, NDArray[np.float64])
 
-_CHUNK_BYTES = 512 * 2**20  # of float64 copies made at once on a GPU: 27 images of 576 x 4096
 _EPSILON = float(np.finfo(np.float64).eps)
 
 
@@ -37,8 +36,7 @@ def contributions(matrix_BND: Tensor) -> Tensor:
 def contributions_batched(matrix_BND: Tensor) -> Tensor:
     """Compute `contributions` of many images in one go, as a GPU wants it."""
     _, num_tokens, width = matrix_BND.shape
-    images = max(1, _CHUNK_BYTES // (8 * num_tokens * width))
-    return torch.cat([_batch_scores(part.double()) for part in torch.split(matrix_BND, images)])
+    return _image_pool.in_float64(_batch_scores, matrix_BND, values_per_image=num_tokens * width)
 
 
 def _batch_scores(matrix_BND: Tensor) -> Tensor:

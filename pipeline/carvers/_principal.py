@@ -12,7 +12,6 @@ from torch import Tensor
 
 from pipeline.carvers import _image_pool
 
-_CHUNK_BYTES = 512 * 2**20  # of float64 copies made at once on a GPU
 _EPSILON = float(np.finfo(np.float64).eps)
 
 
@@ -39,9 +38,9 @@ def token_weights(values_BND: Tensor, num_directions: int) -> Tensor:
 def token_weights_batched(values_BND: Tensor, num_directions: int) -> Tensor:
     """Compute `token_weights` of many images in one go, as a GPU wants it."""
     _, num_tokens, width = values_BND.shape
-    images = max(1, _CHUNK_BYTES // (8 * num_tokens * max(num_tokens, width)))
-    parts = torch.split(values_BND, images)
-    return torch.cat([_batch_weights(part.double(), num_directions) for part in parts])
+    weights = functools.partial(_batch_weights, num_directions=num_directions)
+    values = num_tokens * max(num_tokens, width)
+    return _image_pool.in_float64(weights, values_BND, values_per_image=values)
 
 
 def _batch_weights(rows_BND: Tensor, num_directions: int) -> Tensor:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from pipeline.carvers import _image_pool
 
-_CHUNK_BYTES = 512 * 2**20  # of float64 copies made at once on a GPU
 _EPSILON = float(np.finfo(np.float64).eps)
 
 
@@ -35,8 +34,7 @@ def effective_rank(features_BND: Tensor) -> Tensor:
 def effective_rank_batched(features_BND: Tensor) -> Tensor:
     """Compute `effective_rank` of many images in one go, as a GPU wants it."""
     _, num_tokens, width = features_BND.shape
-    images = max(1, _CHUNK_BYTES // (8 * num_tokens * width))
-    return torch.cat([_batch_ranks(part.double()) for part in torch.split(features_BND, images)])
+    return _image_pool.in_float64(_batch_ranks, features_BND, values_per_image=num_tokens * width)
 
 
 def _batch_ranks(rows_BND: Tensor) -> Tensor:

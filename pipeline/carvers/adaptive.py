@@ -24,12 +24,11 @@ from pydantic import Field
 
 from pipeline import carvers
 from pipeline.carvers import _ops
-from pipeline.carvers._base import DEFAULT_KEEP_RATIO, BudgetCarver, Carver
+from pipeline.carvers._base import BUDGET_OPTIONS, DEFAULT_KEEP_RATIO, BudgetCarver, Carver
 from pipeline.carvers._rank import effective_rank
 from pipeline.errors import ConfigError
 from pipeline.types import CarvedTokens, VisualTokens
 
-_BUDGET = {"keep_tokens", "keep_ratio"}
 _HALVINGS = 60  # of the interval of ranks: beyond what float64 tells apart
 
 
@@ -65,7 +64,7 @@ class Adaptive(Carver):
             )
         if self.mean_tokens is None and self.mean_ratio is None:
             object.__setattr__(self, "mean_ratio", DEFAULT_KEEP_RATIO)
-        if budgets := sorted(_BUDGET & self.options.keys()):
+        if budgets := sorted(BUDGET_OPTIONS & self.options.keys()):
             raise ValueError(f"options hold {budgets}: give mean_tokens or mean_ratio instead")
         for flag in [name for name, value in vars(Carver).items() if isinstance(value, bool)]:
             object.__setattr__(self, flag, getattr(self._at_mean, flag))

@@ -29,10 +29,8 @@ from torch import Tensor
 
 from pipeline import carvers
 from pipeline.carvers import _anchors, _merge, _ops, _similarity
-from pipeline.carvers._base import BudgetCarver, SelectionCarver
+from pipeline.carvers._base import BUDGET_OPTIONS, BudgetCarver, SelectionCarver
 from pipeline.types import CarvedTokens, VisualTokens
-
-_BUDGET = {"keep_tokens", "keep_ratio"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +59,7 @@ class RestoreMerge(BudgetCarver):
     def __post_init__(self) -> None:
         """Check the budget and the selecting carver once."""
         super().__post_init__()
-        if budgets := sorted(_BUDGET & self.selector_options.keys()):
+        if budgets := sorted(BUDGET_OPTIONS & self.selector_options.keys()):
             raise ValueError(f"selector_options hold {budgets}: the budget is this carver's own")
         if not isinstance(self._selector, SelectionCarver):
             raise ValueError(  # noqa: TRY004  (a setting, not a type, is wrong)
@@ -80,7 +78,7 @@ class RestoreMerge(BudgetCarver):
 
     def describe(self) -> Mapping[str, Any]:
         """The options; of the selecting carver all that decide."""
-        options = {k: v for k, v in self._selector.describe().items() if k not in _BUDGET}
+        options = {k: v for k, v in self._selector.describe().items() if k not in BUDGET_OPTIONS}
         return {**asdict(self), "selector_options": options}
 
     def _carve(self, tokens: VisualTokens) -> list[CarvedTokens]:

@@ -63,6 +63,6 @@ def test_a_large_batch_is_computed_in_parts_without_a_trace(monkeypatch):
     values = decaying(5, 16, 24)
     expected = token_weights_batched(values, 4)
 
-    monkeypatch.setattr("pipeline.carvers._principal._CHUNK_BYTES", 2 * 8 * 16 * 24)
+    monkeypatch.setattr("pipeline.carvers._image_pool._CHUNK_BYTES", 2 * 8 * 16 * 24)
 
     assert torch.equal(token_weights_batched(values, 4), expected)

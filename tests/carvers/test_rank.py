@@ -85,6 +85,6 @@ def test_a_large_batch_is_computed_in_parts_without_a_trace(monkeypatch):
     features = decaying(5, 16, 24, torch.float32)
     expected = effective_rank_batched(features)
 
-    monkeypatch.setattr("pipeline.carvers._rank._CHUNK_BYTES", 2 * 8 * 16 * 24)
+    monkeypatch.setattr("pipeline.carvers._image_pool._CHUNK_BYTES", 2 * 8 * 16 * 24)
 
     assert torch.equal(effective_rank_batched(features), expected)

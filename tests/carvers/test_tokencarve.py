@@ -327,7 +327,7 @@ def test_images_beyond_one_chunk_are_scored_the_same(monkeypatch):
     matrix = make_tokens([], batch=5, grid=(4, 4), width=24).features
     expected = contributions(matrix)
 
-    monkeypatch.setattr("pipeline.carvers._information._CHUNK_BYTES", 2 * 8 * 16 * 24)
+    monkeypatch.setattr("pipeline.carvers._image_pool._CHUNK_BYTES", 2 * 8 * 16 * 24)
 
     assert torch.equal(contributions(matrix), expected)
 
@@ -443,7 +443,7 @@ def test_the_subspace_solver_depends_on_neither_batch_mates_nor_random_state(sha
     state = torch.get_rng_state()
 
     alone = [contributions_from_subspace(matrix[i : i + 1], 16) for i in range(len(matrix))]
-    monkeypatch.setattr("pipeline.carvers._subspace._CHUNK_BYTES", 1)
+    monkeypatch.setattr("pipeline.carvers._image_pool._CHUNK_BYTES", 1)
 
     assert torch.equal(torch.cat(alone), together)
     assert torch.equal(contributions_from_subspace(matrix, 16), together)

@@ -10,20 +10,7 @@ from torch import Tensor
 from pipeline import codecs
 from pipeline.codecs._rotation import block_size, hadamard, signs
 from pipeline.errors import CacheFormatError, ConfigError, NonFiniteError
-
-
-def gaussian(count: int, width: int) -> Tensor:
-    return torch.randn(count, width, generator=torch.Generator().manual_seed(0))
-
-
-def with_outlier_channels(count: int, width: int, factor: float) -> Tensor:
-    rows = gaussian(count, width)
-    rows[:, torch.randperm(width, generator=torch.Generator().manual_seed(1))[:6]] *= factor
-    return rows
-
-
-def relative_error(rows: Tensor, unpacked: Tensor) -> float:
-    return ((unpacked - rows).norm(dim=1) / rows.norm(dim=1)).mean().item()
+from tests.codecs.inputs import gaussian, relative_error, with_outlier_channels
 
 
 def round_trip(rows: Tensor) -> Tensor:
