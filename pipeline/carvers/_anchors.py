@@ -40,6 +40,13 @@ def positions_mask(positions_BK: Tensor, num_tokens: int) -> Tensor:
     return mask_BN.scatter_(1, positions_BK, True)
 
 
+def others(positions_BK: Tensor, num_tokens: int) -> Tensor:
+    """Return (B, N - K) the positions that are not named, rising."""
+    is_named_BN = positions_mask(positions_BK, num_tokens)
+    order_BN = is_named_BN.byte().argsort(dim=1, stable=True)
+    return order_BN[:, : num_tokens - positions_BK.shape[1]]
+
+
 def nearest(vectors_BND: Tensor, anchors_BK: Tensor) -> Tensor:
     """Return (B, N) for each token the index of the anchor of highest cosine; its own for each.
 
@@ -50,9 +57,18 @@ def nearest(vectors_BND: Tensor, anchors_BK: Tensor) -> Tensor:
         anchors_BK: positions, no position twice. Ties go to the anchor that stands first.
     """
     unit_BND = _similarity.unit(vectors_BND)
-    cosines_BNK = product(unit_BND, _ops.take_rows(unit_BND, anchors_BK).mT)
+    return joined(product(unit_BND, _ops.take_rows(unit_BND, anchors_BK).mT), anchors_BK)
+
+
+def joined(similarities_BNK: Tensor, anchors_BK: Tensor) -> Tensor:
+    """Return (B, N) for each token the index of the anchor it is most similar to; its own for each.
+
+    Args:
+        similarities_BNK: of each token to each anchor.
+        anchors_BK: positions, no position twice. Ties go to the anchor that stands first.
+    """
     groups_BK = torch.arange(anchors_BK.shape[1], device=anchors_BK.device).expand_as(anchors_BK)
-    return cosines_BNK.argmax(dim=2).scatter(1, anchors_BK, groups_BK)
+    return similarities_BNK.argmax(dim=2).scatter(1, anchors_BK, groups_BK)
 
 
 def weighted_sums(features_BND: Tensor, rows_BKn: Tensor, weights_BKn: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Merging tokens into others: who joins whom, and where the result stands.
+"""Merging tokens into groups: what becomes of a group, and where it stands.
 
 B images, N tokens, M rows, G groups, D feature width.
 """
@@ -7,21 +7,6 @@ import torch
 from torch import Tensor
 
 from pipeline.carvers import _ops
-
-
-def nearest(similarities_BNN: Tensor, anchors_BG: Tensor) -> Tensor:
-    """Return (B, N) the group of each token: its most similar anchor; each anchor its own.
-
-    Args:
-        similarities_BNN: between all tokens.
-        anchors_BG: positions, no position twice; the index in a row is the group. Ties go to the
-            anchor that stands first.
-    """
-    num_groups = anchors_BG.shape[1]
-    index_BNG = anchors_BG[:, None, :].expand(-1, similarities_BNN.shape[1], -1)
-    owners_BN = similarities_BNN.gather(2, index_BNG).argmax(dim=2)
-    groups_BG = torch.arange(num_groups, device=anchors_BG.device).expand_as(anchors_BG)
-    return owners_BN.scatter(1, anchors_BG, groups_BG)
 
 
 def median_positions(owners_BN: Tensor, num_groups: int) -> Tensor:

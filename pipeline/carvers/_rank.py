@@ -4,12 +4,15 @@ Source: Roy and Vetterli, The Effective Rank: A Measure of Effective Dimensional
 on singular values; AgilePruner (arXiv 2603.01236) takes it of the centred tokens of an image.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.carvers import _image_pool
+from pipeline.carvers import _image_pool, _ops
+from pipeline.types import VisualTokens
 
 _EPSILON = float(np.finfo(np.float64).eps)
 
@@ -29,6 +32,21 @@ def effective_rank(features_BND: Tensor) -> Tensor:
     if features_BND.device.type == "cpu":
         return torch.tensor(_image_pool.map_images(_image_rank, features_BND), dtype=torch.float32)
     return effective_rank_batched(features_BND)
+
+
+def sample_ranks(sample: Iterable[VisualTokens]) -> list[tuple[int, float]]:
+    """Return number of tokens and effective rank of each image of a sample.
+
+    Raises:
+        NonFiniteError: features hold NaN or infinity.
+    """
+    images: list[tuple[int, float]] = []
+    for tokens in sample:
+        _ops.require_finite(tokens.features, "features")
+        for part in _ops.split(tokens):
+            num_tokens = part.features.shape[1]
+            images += [(num_tokens, rank) for rank in effective_rank(part.features).tolist()]
+    return images
 
 
 def effective_rank_batched(features_BND: Tensor) -> Tensor:

@@ -23,9 +23,8 @@ from typing import Annotated, Any, ClassVar, Self, cast
 from pydantic import Field
 
 from pipeline import carvers
-from pipeline.carvers import _ops
 from pipeline.carvers._base import BUDGET_OPTIONS, DEFAULT_KEEP_RATIO, BudgetCarver, Carver
-from pipeline.carvers._rank import effective_rank
+from pipeline.carvers._rank import effective_rank, sample_ranks
 from pipeline.errors import ConfigError
 from pipeline.types import CarvedTokens, VisualTokens
 
@@ -85,12 +84,7 @@ class Adaptive(Carver):
             ConfigError: the sample is empty.
             NonFiniteError: features hold NaN or infinity.
         """
-        images: list[tuple[int, float]] = []
-        for tokens in sample:
-            _ops.require_finite(tokens.features, "features")
-            for part in _ops.split(tokens):
-                num_tokens = part.features.shape[1]
-                images += [(num_tokens, r) for r in effective_rank(part.features).tolist()]
+        images = sample_ranks(sample)
         if not images:
             raise ConfigError("mean_rank cannot be set from a sample without images")
 

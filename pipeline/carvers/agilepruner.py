@@ -27,7 +27,7 @@ from torch import Tensor
 
 from pipeline.carvers import _ops, _similarity, _suppression
 from pipeline.carvers._base import SelectionCarver
-from pipeline.carvers._rank import effective_rank
+from pipeline.carvers._rank import effective_rank, sample_ranks
 from pipeline.errors import ConfigError
 from pipeline.types import VisualTokens
 
@@ -72,11 +72,7 @@ class AgilePruner(SelectionCarver):
             ConfigError: the sample is empty.
             NonFiniteError: features hold NaN or infinity.
         """
-        ranks: list[float] = []
-        for tokens in sample:
-            _ops.require_finite(tokens.features, "features")
-            for part in _ops.split(tokens):
-                ranks += effective_rank(part.features).tolist()
+        ranks = [rank for _, rank in sample_ranks(sample)]
         if not ranks:
             raise ConfigError("r_avg cannot be set from a sample without images")
         return dataclasses.replace(self, r_avg=sum(ranks) / len(ranks))

@@ -87,9 +87,7 @@ class RestoreMerge(BudgetCarver):
         if num_kept == num_tokens:
             return _ops.keep(tokens.features, self._select(tokens, num_tokens))
         kept_BS = self._select(tokens, int(num_kept * self.gamma))
-        is_kept_BN = _anchors.positions_mask(kept_BS, num_tokens)
-        # Positions of the others, rising.
-        rest_BM = is_kept_BN.byte().argsort(dim=1, stable=True)[:, : num_tokens - kept_BS.shape[1]]
+        rest_BM = _anchors.others(kept_BS, num_tokens)
         rows_BMD = _ops.take_rows(tokens.features, rest_BM)
         unit_BMD = _similarity.unit(rows_BMD)
         similarities_BMM = _similarity.gram(unit_BMD)
@@ -100,7 +98,7 @@ class RestoreMerge(BudgetCarver):
         best_BM = self._anchors(similarities_BMM, densities_BM)
         # Equal similarities join the anchor of the lower position.
         best_BG, places_BG = best_BM[:, : num_kept - kept_BS.shape[1]].sort(dim=1)
-        owners_BM = _merge.nearest(similarities_BMM, best_BG)
+        owners_BM = _anchors.joined(_ops.take_rows(similarities_BMM, best_BG).mT, best_BG)
         means_BGD, sizes_BG, medians_BG = _merge.group_means(rows_BMD, owners_BM, best_BG.shape[1])
 
         merged_BKD = torch.cat([_ops.take_rows(tokens.features, kept_BS), means_BGD], dim=1)

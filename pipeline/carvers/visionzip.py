@@ -93,8 +93,6 @@ class VisionZip(BudgetCarver):
 
 def _targets(dominant_BM: Tensor, num_tokens: int, num_targets: int) -> Tensor:
     """Return (B, T) evenly spaced ones of the tokens that are not dominant, in raster order."""
-    is_dominant_BN = _anchors.positions_mask(dominant_BM, num_tokens)
-    num_rest = num_tokens - dominant_BM.shape[1]
-    rest_BR = is_dominant_BN.long().argsort(dim=1, stable=True)[:, :num_rest]
-    step = num_rest // num_targets
+    rest_BR = _anchors.others(dominant_BM, num_tokens)
+    step = rest_BR.shape[1] // num_targets
     return rest_BR[:, : step * num_targets : step]
