@@ -12,6 +12,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -127,7 +128,7 @@ def test_sigterm_ends_the_script_with_75_and_the_same_command_resumes(
 def head_node(folder: Path) -> Iterator[tuple[str, str]]:
     """Start a Ray head with two pretended GPUs; yield the addresses of cluster and dashboard."""
     ports = {name: free_port() for name in ("gcs", "dashboard", "client", "agent", "metrics")}
-    low = 20000 + os.getpid() % 20000
+    low = 20000 + os.getpid() % 10000  # below the ports that free_port() is given
     command = [
         *(BIN / "ray", "start", "--head", "--block", "--num-cpus=4", "--num-gpus=2"),
         *("--node-ip-address=127.0.0.1", f"--port={ports['gcs']}"),
@@ -168,6 +169,20 @@ def wait_for(url: str, process: subprocess.Popen, log: Path, seconds: float = 60
     raise AssertionError(f"{url} did not answer: {log.read_text()}")
 
 
+def wait_for_job(url: str, seconds: float = 300) -> tuple[str, str]:
+    """Return the last status of a submitted job, and its log."""
+    deadline = time.monotonic() + seconds
+    while (status := fetch_json(url)["status"]) in ("PENDING", "RUNNING"):
+        assert time.monotonic() < deadline, f"still {status} after {seconds} s"
+        time.sleep(0.5)
+    return status, fetch_json(f"{url}/logs")["logs"]
+
+
+def fetch_json(url: str) -> dict[str, Any]:
+    with urllib.request.urlopen(url, timeout=30) as reply:
+        return json.load(reply)
+
+
 def test_a_submitted_job_gives_each_actor_its_own_gpu(tmp_path: Path, config: Path) -> None:
     write_corpus(tmp_path / "in", num_shards=12, num_images=40)
     environment = {
@@ -176,15 +191,20 @@ def test_a_submitted_job_gives_each_actor_its_own_gpu(tmp_path: Path, config: Pa
     }
 
     with head_node(Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))) as (_, dashboard):
-        result = start(
-            *(BIN / "ray", "job", "submit", "--address", dashboard, "--working-dir", "."),
+        # Without --no-wait the command follows the log through a chain of two web sockets, and
+        # on a slow machine Ray's own agent may not be up yet: it then fails though the job runs.
+        submitted = start(
+            *(BIN / "ray", "job", "submit", "--no-wait", "--address", dashboard),
+            *("--submission-id", "carve", "--working-dir", "."),
             *("--runtime-env-json", json.dumps({"env_vars": environment})),
             *("--", sys.executable, "jobs/carve_dataset.py", "--config", config),
             RAY_ADDRESS="",
         )
+        assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+        status, log = wait_for_job(f"{dashboard}/api/jobs/carve")
 
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "12 shards committed, 0 failed" in result.stdout
+    assert status == "SUCCEEDED", log
+    assert "12 shards committed, 0 failed" in log
     commits = list(read_commits(open_store(str(tmp_path / "cache"))))
     gpus_by_process = {(c.details["pid"], c.details["cuda_visible_devices"]) for c in commits}
     assert {gpu for _, gpu in gpus_by_process} == {"0", "1"}
