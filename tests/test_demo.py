@@ -21,10 +21,10 @@ from pipeline.decode import decode_image
 from pipeline.demo import demo_config, run_demo
 from pipeline.demo.corpus import DAMAGES, PHOTOS, Corpus, write_corpus
 from pipeline.demo.model import PROMPT, answer_both_ways, save_model
-from pipeline.demo.overlay import draw_kept_tokens
 from pipeline.demo.report import CarvedPicture, DemoReport, render
 from pipeline.encoders import build
 from pipeline.errors import ConfigError, DecodeError
+from pipeline.evaluation.drawing import SeenImage
 from pipeline.types import RejectedSample
 
 ROOT = Path(__file__).parents[1]
@@ -168,17 +168,6 @@ def test_uncarved_tokens_of_the_encoder_give_the_answer_that_pixels_give(
     assert all(len(full.split()) == 12 for full, _ in answers)
 
 
-def test_dropped_tokens_are_dark_kept_ones_unchanged_and_merged_ones_framed() -> None:
-    image = Image.new("RGB", (40, 40), (200, 100, 50))
-
-    drawn = draw_kept_tokens(image, (2, 2), positions=[0, 3], sizes=[1.0, 3.0])
-
-    assert drawn.size == (48, 48)
-    assert drawn.crop((0, 0, 24, 24)).getcolors() == [(576, (200, 100, 50))]
-    assert max(value for band in drawn.crop((24, 0, 48, 24)).getextrema() for value in band) < 70
-    assert drawn.getpixel((24, 24)) == (255, 120, 0)
-
-
 def test_the_report_is_one_valid_page_with_the_numbers(page: str) -> None:
     checker = Checker()
     checker.feed(page)
@@ -199,8 +188,7 @@ def page() -> str:
     picture = CarvedPicture(
         key="photo-0001",
         caption='a "cat" & a <dog>',
-        image=Image.new("RGB", (224, 224)),
-        grid=(14, 14),
+        image=SeenImage(views=[Image.new("RGB", (224, 224))], grid=(14, 14)),
         positions=range(49),
         sizes=[1.0] * 49,
         bytes_in=30_000,

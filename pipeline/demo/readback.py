@@ -20,6 +20,7 @@ from pipeline.decode import decode_image
 from pipeline.demo.corpus import Corpus, read_images
 from pipeline.demo.model import answer_both_ways
 from pipeline.demo.report import CarvedPicture, DemoReport
+from pipeline.evaluation.drawing import seen_image
 from pipeline.job import Job
 from pipeline.storage import Store
 from pipeline.types import RejectedSample
@@ -96,8 +97,7 @@ def _pictures(job: Job, cache: CarvedCache, corpus: Corpus, model: Path) -> list
         CarvedPicture(
             key=c.image.key,
             caption=c.caption,
-            image=Image.fromarray(job.encoder.preprocess(pixels)),
-            grid=c.image.grid[1:],
+            image=seen_image(job.encoder.preprocess(pixels), c.image.grid[1:]),
             positions=c.image.positions.tolist(),
             sizes=c.image.sizes.tolist(),
             bytes_in=len(encoded[c.image.key]),

@@ -5,9 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from PIL import Image
-
-from pipeline.demo.overlay import data_uri, draw_kept_tokens
+from pipeline.evaluation.document import document, picture
+from pipeline.evaluation.drawing import SeenImage, draw_tokens
 from pipeline.types import RejectedSample
 
 FULL_BYTES = 2  # of a number of a full token: 16 bits, as a model would keep it
@@ -20,8 +19,7 @@ class CarvedPicture:
 
     key: str
     caption: str
-    image: Image.Image  # as the encoder saw it
-    grid: tuple[int, int]  # rows, columns
+    image: SeenImage  # as the encoder saw it
     positions: Sequence[int]
     sizes: Sequence[float]
     bytes_in: int  # encoded image
@@ -75,13 +73,7 @@ def render(report: DemoReport) -> str:
         _rejected(report),
         _settings(report),
     )
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>carve demo</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(sections)
-        + "\n</main>\n</body>\n</html>\n"
-    )
+    return document("carve demo", sections)
 
 
 def megabytes(num_bytes: int) -> str:
@@ -126,7 +118,7 @@ def _size_table(report: DemoReport) -> str:
 
 
 def _pictures(report: DemoReport) -> str:
-    figures = "".join(_figure(picture, report.width) for picture in report.pictures)
+    figures = "".join(_figure(shown, report.width) for shown in report.pictures)
     return (
         "<section><h2>Kept tokens</h2>\n<p>Left, the image as the encoder saw it. Right, the "
         "tokens that stayed; the dark ones were dropped or merged. A framed token stands for as "
@@ -136,27 +128,22 @@ def _pictures(report: DemoReport) -> str:
     )
 
 
-def _figure(picture: CarvedPicture, width: int) -> str:
-    kept = draw_kept_tokens(picture.image, picture.grid, picture.positions, picture.sizes)
-    num_full = picture.grid[0] * picture.grid[1]
-    num_kept = len(picture.positions)
-    full, carved = (escape(answer) for answer in picture.answers)
-    caption = escape(picture.caption)
+def _figure(shown: CarvedPicture, width: int) -> str:
+    kept = draw_tokens(shown.image, shown.positions, shown.sizes)
+    num_full, num_kept = shown.image.num_tokens, len(shown.positions)
+    full, carved = (escape(answer) for answer in shown.answers)
     bytes_full = num_full * width * FULL_BYTES
+    seen = picture(shown.image.views[0], alt=shown.caption, width=_EDGE)
+    drawn = picture(kept, alt="its kept tokens", width=_EDGE)
     return (
-        f'<figure><div class="pair">{_img(picture.image, caption)}{_img(kept, "its kept tokens")}'
-        f"</div><figcaption><code>{escape(picture.key)}</code> {caption}<br>"
-        f"<small>{picture.bytes_in / 1e3:.1f} kB of image, {num_full} tokens of "
-        f"{bytes_full / 1e3:.1f} kB, {num_kept} kept in {picture.bytes_stored / 1e3:.1f} kB</small>"
+        f'<figure><div class="pair">{seen}{drawn}'
+        f"</div><figcaption><code>{escape(shown.key)}</code> {escape(shown.caption)}<br>"
+        f"<small>{shown.bytes_in / 1e3:.1f} kB of image, {num_full} tokens of "
+        f"{bytes_full / 1e3:.1f} kB, {num_kept} kept in {shown.bytes_stored / 1e3:.1f} kB</small>"
         f"<dl><dt>untrained model, {num_full} tokens</dt><dd>{full}</dd>"
         f"<dt>untrained model, {num_kept} carved tokens</dt><dd>{carved}</dd></dl>"
         "</figcaption></figure>"
     )
-
-
-def _img(image: Image.Image, alt: str) -> str:
-    source = data_uri(image, edge=_EDGE)
-    return f'<img alt="{alt}" src="{source}" width="{_EDGE}" height="{_EDGE}">'
 
 
 def _speed(report: DemoReport) -> str:
@@ -204,46 +191,3 @@ def _settings(report: DemoReport) -> str:
 
 def _bar(share: float) -> str:
     return f'<span style="width:{max(0.004, share):.1%}"></span>'
-
-
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1b1f24; --soft: #5b6570; --line: #dfe3e8;
-  --page: #fbfbfa; --card: #ffffff; --accent: #2f6f9f; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e7e9ec; --soft: #9aa4af; --line: #30363d;
-  --page: #14171a; --card: #1c2024; --accent: #6db1e0; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink);
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
-main { max-width: 1240px; margin: 0 auto; padding: 2.5rem 1.5rem 4rem; }
-h1 { font-size: 2rem; line-height: 1.2; margin: 0 0 .75rem; letter-spacing: -.01em; }
-h2 { font-size: 1.25rem; margin: 0 0 .75rem; }
-p { max-width: 46rem; margin: 0 0 1rem; }
-section { margin-top: 2.75rem; }
-.note, small, dt { color: var(--soft); }
-.note { font-size: .875rem; margin-top: .75rem; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(12rem, 1fr)); gap: 1rem;
-  padding: 0; margin: 1.5rem 0 0; list-style: none; }
-.tiles li { background: var(--card); border: 1px solid var(--line); border-radius: 10px;
-  padding: 1rem 1.15rem; }
-.tiles b { display: block; font-size: 1.75rem; line-height: 1.2; }
-.tiles span { color: var(--soft); font-size: .875rem; }
-table { border-collapse: collapse; width: 100%; font-size: .9375rem; }
-th, td { text-align: left; padding: .45rem .75rem .45rem 0; border-bottom: 1px solid var(--line);
-  vertical-align: top; overflow-wrap: anywhere; }
-th { font-weight: 500; }
-thead th { color: var(--soft); font-size: .8125rem; }
-.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-.bar { width: 40%; padding-left: .75rem; vertical-align: middle; }
-.bar span { display: block; height: .7rem; border-radius: 3px; background: var(--accent); }
-code { font: .875em ui-monospace, SFMono-Regular, Menlo, "DejaVu Sans Mono", monospace; }
-.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(28rem, 100%), 1fr));
-  gap: 1.25rem; }
-figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 10px;
-  overflow: hidden; }
-.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 2px; }
-.pair img { display: block; width: 100%; height: auto; }
-figcaption { padding: .75rem 1rem 1rem; font-size: .9375rem; }
-dl { margin: .6rem 0 0; }
-dt { font-size: .75rem; }
-dd { margin: 0 0 .4rem; font-style: italic; font-size: .875rem; }
-"""

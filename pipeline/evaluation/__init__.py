@@ -1,0 +1,1 @@
+"""What carving costs: measured, tabulated and drawn."""
