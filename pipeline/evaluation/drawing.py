@@ -8,6 +8,7 @@ for several has a frame and their number in it.
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,8 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageFont
 
 from pipeline.errors import ConfigError
 from pipeline.types import TileLayout
+
+Color: TypeAlias = tuple[int, int, int]
 
 CELL = 24  # pixels of a token's square
 GAP = 8  # pixels between views
@@ -29,7 +32,9 @@ _MERGED = (0.5, 0.7)  # brightness and colour left
 _DROPPED = (0.3, 0.25)
 _PAPER, _INK, _SOFT = (250, 250, 248), (27, 31, 36), (91, 101, 112)
 _FRAMES_PER_ROW = 8
-_MARGIN = 16
+_MARGIN = 16  # pixels around panels of a sheet
+_LINE = 24  # pixels of a line of text
+_LEAST_CAPTION = 10 * CELL
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,6 +73,14 @@ class Panel:
     title: str
     note: str
     image: Image.Image
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PanelRow:
+    """Panels side by side."""
+
+    panels: Sequence[Panel]
+    heading: str = ""
 
 
 def seen_image(
@@ -160,24 +173,25 @@ def draw_tokens(
     return _lay_out(seen, drawn)
 
 
-def draw_sheet(rows: Sequence[Sequence[Panel]]) -> Image.Image:
-    """Put panels side by side, each under its title and note, on a light sheet.
+def draw_sheet(rows: Sequence[PanelRow]) -> Image.Image:
+    """Put rows of panels below each other on a light sheet, each panel under its title and note.
 
     Args:
-        rows: of panels, from the top; at least one panel.
+        rows: from the top; at least one, of at least one panel each.
     """
-    bands = [[_captioned(panel) for panel in row] for row in rows if row]
-    widths = [sum(image.width for image in band) + _MARGIN * (len(band) + 1) for band in bands]
-    heights = [max(image.height for image in band) for band in bands]
-    size = (max(widths), sum(heights) + _MARGIN * (len(bands) + 1))
-    sheet = Image.new("RGB", size, _PAPER)
-    top = _MARGIN
-    for band, height in zip(bands, heights, strict=True):
-        left = _MARGIN
-        for image in band:
-            sheet.paste(image, (left, top))
-            left += image.width + _MARGIN
-        top += height + _MARGIN
+    bands = [_band(row) for row in rows]
+    width = max(band.width for band in bands)
+    bands = [
+        _under(_text_lines([(row.heading, 20, _INK)], width), band)
+        for row, band in zip(rows, bands, strict=True)
+    ]
+    placed, top = [], _MARGIN
+    for band in bands:
+        placed.append((band, (_MARGIN, top)))
+        top += band.height + _MARGIN
+    sheet = Image.new("RGB", (width + 2 * _MARGIN, top), _PAPER)
+    for band, place in placed:
+        sheet.paste(band, place)
     return sheet
 
 
@@ -252,21 +266,36 @@ def _pasted(placed: Sequence[tuple[Image.Image, tuple[int, int]]]) -> Image.Imag
     return joined
 
 
-def _captioned(panel: Panel) -> Image.Image:
-    """Return a panel under its title and note, each in as many lines as its width asks for."""
-    width = max(panel.image.width, 10 * CELL)
-    lines = [
-        (line, font, color)
-        for text, font, color in (
-            (panel.title, ImageFont.load_default(size=18), _INK),
-            (panel.note, ImageFont.load_default(size=14), _SOFT),
+def _band(row: PanelRow) -> Image.Image:
+    """Return the panels of a row side by side, their pictures at one height."""
+    captions = [
+        _text_lines(
+            [(panel.title, 18, _INK), (panel.note, 14, _SOFT)],
+            max(panel.image.width, _LEAST_CAPTION),
         )
-        for line in textwrap.wrap(text, width=width // 9)
+        for panel in row.panels
     ]
-    height = 24 * len(lines)
-    captioned = Image.new("RGB", (width, height + panel.image.height), _PAPER)
-    draw = ImageDraw.Draw(captioned)
+    depth = max(caption.height for caption in captions)
+    placed, left = [], 0
+    for panel, caption in zip(row.panels, captions, strict=True):
+        placed += [(caption, (left, 0)), (panel.image, (left, depth))]
+        left += max(caption.width, panel.image.width) + _MARGIN
+    return _pasted(placed)
+
+
+def _text_lines(texts: Sequence[tuple[str, int, Color]], width: int) -> Image.Image:
+    """Return texts, each of a font size and a colour, in as many lines as the width asks for."""
+    lines = []
+    for text, size, color in texts:
+        font = ImageFont.load_default(size=size)
+        length = max(1, int(width / font.getlength("n")))
+        lines += [(line, font, color) for line in textwrap.wrap(text, width=length)]
+    image = Image.new("RGB", (width, _LINE * len(lines)), _PAPER)
+    draw = ImageDraw.Draw(image)
     for index, (line, font, color) in enumerate(lines):
-        draw.text((0, 24 * index), line, font=font, fill=color)
-    captioned.paste(panel.image, (0, height))
-    return captioned
+        draw.text((0, _LINE * index), line, font=font, fill=color)
+    return image
+
+
+def _under(above: Image.Image, below: Image.Image) -> Image.Image:
+    return _pasted([(above, (0, 0)), (below, (0, above.height))])

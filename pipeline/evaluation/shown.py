@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from PIL import Image
-
 from pipeline.errors import ConfigError
 from pipeline.evaluation.document import document, picture
 from pipeline.evaluation.drawing import (
     Panel,
+    PanelRow,
     SeenImage,
     count_tokens,
     draw_image,
@@ -95,16 +94,20 @@ def render_shown(shown: Sequence[ShownImage]) -> str:
 
 
 def _section(shown: ShownImage) -> str:
-    width = _WIDTH if len(shown.seen.views) == 1 else _WIDE
-    figures = "".join(
-        f"<figure><figcaption>{escape(panel.title)}<br><small>{escape(panel.note)}</small>"
-        f"</figcaption>{picture(panel.image, alt=panel.title, width=width)}</figure>"
-        for panel in shown.panels()
-    )
+    figures = "".join(_figure(panel, shown.seen) for panel in shown.panels())
     note = f'<p class="note">{escape(shown.note)}</p>' if shown.note else ""
     return (
         f"<section><h2><code>{escape(shown.name)}</code></h2>{note}"
         f'<div class="row">{figures}</div></section>'
+    )
+
+
+def _figure(panel: Panel, seen: SeenImage) -> str:
+    width = min(panel.image.width, _WIDTH if len(seen.views) == 1 else _WIDE)
+    return (
+        f'<figure style="width:{width + 2}px"><figcaption>{escape(panel.title)}<br>'
+        f"<small>{escape(panel.note)}</small></figcaption>"
+        f"{picture(panel.image, alt=panel.title, width=width)}</figure>"
     )
 
 
@@ -118,13 +121,12 @@ def _sheet(shown: Sequence[ShownImage]) -> bytes:
     return sink.getvalue()
 
 
-def _rows(shown: ShownImage) -> Iterator[list[Panel]]:
-    """Yield the name of an image on a line of its own, then rows of its panels."""
-    heading = "; ".join(filter(None, [shown.name, shown.note]))
+def _rows(shown: ShownImage) -> Iterator[PanelRow]:
+    """Yield the panels of an image, a few a row, the first under the image's name."""
     panels = list(shown.panels())
-    yield [Panel(title=heading, note="", image=Image.new("RGB", (panels[0].image.width, 1)))]
     for start in range(0, len(panels), _PANELS_PER_ROW):
-        yield panels[start : start + _PANELS_PER_ROW]
+        heading = "" if start else "; ".join(filter(None, [shown.name, shown.note]))
+        yield PanelRow(panels=panels[start : start + _PANELS_PER_ROW], heading=heading)
 
 
 _WRITERS = {".html": _page, ".htm": _page, ".png": _sheet}

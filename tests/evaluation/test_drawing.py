@@ -12,6 +12,7 @@ from pipeline.evaluation.drawing import (
     CELL,
     GAP,
     Panel,
+    PanelRow,
     SeenImage,
     count_tokens,
     draw_image,
@@ -181,7 +182,7 @@ def test_frames_of_a_clip_stand_side_by_side_in_rows_of_eight() -> None:
 def test_panels_of_a_sheet_keep_their_pixels_under_their_titles() -> None:
     panel = Panel(title="a carver", note="2 of 4 kept", image=Image.new("RGB", (240, 240), ORANGE))
 
-    sheet = draw_sheet([[panel, panel], [panel]])
+    sheet = draw_sheet([PanelRow(panels=[panel, panel], heading="x.jpg"), PanelRow(panels=[panel])])
 
     colors = dict((color, count) for count, color in sheet.getcolors(1 << 20))
     assert sheet.width > 480 and sheet.height > 480
