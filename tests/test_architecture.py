@@ -23,6 +23,9 @@ LAYERS = (
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
+# Besides what lies below: the evaluation hands tokens to a language model as a user would.
+ALSO_SEES = {"evaluation": {"consumers"}}
+
 ONLY_IN = {
     "ray": ("pipeline/ray_runner/",),
     "fsspec": ("pipeline/storage/",),
@@ -71,7 +74,8 @@ def test_imports_point_down(path: Path) -> None:
         if name.startswith("pipeline.") and unit(name) in RANK and unit(name) != mine
     }
 
-    assert {name for name in theirs if RANK[name] >= RANK[mine]} == set()
+    above = {name for name in theirs if RANK[name] >= RANK[mine]}
+    assert above <= ALSO_SEES.get(mine, set())
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
