@@ -1,0 +1,193 @@
+"""Train projector and language model on features that carvecache stored of the frozen tower.
+
+Several questions about one image stand in one sequence, each with its answer: one step then learns
+from all of them and pays for the image tokens once. The loss counts answers and their ends only.
+P image tokens, T text tokens.
+"""
+
+import json
+import random
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from checkpoint import BOS, EOS, PAD
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from tower import Plan, choose, load_state, make_optimizer, save_state
+
+from pipeline import open_cache
+from pipeline.dataset import CarvedDataset
+from pipeline.demo.quiz import FAMILIES
+
+_PER_FAMILY = {"read": 4, "attribute": 3, "count": 3, "relation": 3, "page": 6}
+_IGNORED = -100
+_GRADIENT_NORM = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Asked:
+    """One question in tokens."""
+
+    family: str
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]  # with the end token
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lessons:
+    """All images of a cache."""
+
+    features: Tensor  # (M, P, D) bfloat16, of the tower
+    questions: Sequence[Sequence[Asked]]
+
+
+def load_lessons(url: str, tokenizer: Any) -> Lessons:  # noqa: ANN401
+    """Read a whole cache, in the order of its keys."""
+    dataset = CarvedDataset(open_cache(url), columns=["json"])
+    features, questions = {}, {}
+    rows: list = []
+    for row in dataset:
+        rows.append(row)
+        if len(rows) == 256:
+            _take(dataset, rows, features, questions, tokenizer)
+            rows = []
+    if rows:
+        _take(dataset, rows, features, questions, tokenizer)
+    keys = sorted(features)
+    return Lessons(
+        features=torch.stack([features[key] for key in keys]),
+        questions=[questions[key] for key in keys],
+    )
+
+
+def train_language(
+    model: Any,  # noqa: ANN401
+    lessons: Lessons,
+    *,
+    plan: Plan,
+    state_path: Path,
+) -> Iterator[str]:
+    """Train the projector and the language model of a LLaVA; yield lines of a log.
+
+    All random choices are drawn from the step's number. Interrupted, it goes on from the last
+    state written.
+    """
+    parts = [model.model.multi_modal_projector, model.model.language_model, model.lm_head]
+    parameters = [weight for part in parts for weight in part.parameters()]
+    optimizer, scheduler = make_optimizer(parameters, plan)
+    first = load_state(state_path, *parts, optimizer, scheduler)
+    started, losses, right = time.monotonic(), [], dict.fromkeys(FAMILIES, (0, 0))
+    for step in range(first, plan.num_steps):
+        chosen = choose(len(lessons.questions), plan.batch_size, step)
+        rng = random.Random(step)
+        asked = [_sample(lessons.questions[i], rng) for i in chosen.tolist()]
+        loss, found = _loss(model, lessons.features[chosen], asked)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, _GRADIENT_NORM)
+        optimizer.step()
+        scheduler.step()
+        losses.append(loss.item())
+        for family, (good, total) in found.items():
+            right[family] = (right[family][0] + good, right[family][1] + total)
+        if (step + 1) % 50 == 0 or step + 1 == plan.num_steps:
+            seconds = (time.monotonic() - started) / (step + 1 - first)
+            shares = {f: round(g / max(t, 1), 3) for f, (g, t) in right.items()}
+            loss_now = np.mean(losses[-50:])
+            yield f"step {step + 1}: loss {loss_now:.4f}, {seconds:.2f} s a step, {shares}"
+            right = dict.fromkeys(FAMILIES, (0, 0))
+            save_state(state_path, step + 1, *parts, optimizer, scheduler)
+
+
+def measure_answers(model: Any, lessons: Lessons) -> dict[str, float]:  # noqa: ANN401
+    """Return the share of questions of each family answered right, each asked alone."""
+    right = dict.fromkeys(FAMILIES, (0, 0))
+    with torch.inference_mode():
+        for index, questions in enumerate(lessons.questions):
+            features = lessons.features[index].expand(len(questions), -1, -1)
+            _, found = _loss(model, features, [[question] for question in questions])
+            for family, (good, total) in found.items():
+                right[family] = (right[family][0] + good, right[family][1] + total)
+    return {family: good / max(total, 1) for family, (good, total) in right.items()}
+
+
+def _take(dataset, rows, features, questions, tokenizer) -> None:  # noqa: ANN001
+    batch = dataset.collate(rows)
+    padded = batch.padded(dtype=torch.bfloat16)
+    for place, key in enumerate(batch.keys):
+        features[key] = padded.features[place].clone()
+        asked = json.loads(batch.columns["json"][place])["questions"]
+        questions[key] = [_tokenize(question, tokenizer) for question in asked]
+
+
+def _tokenize(question: Mapping[str, str], tokenizer: Any) -> Asked:  # noqa: ANN401
+    words = tokenizer.convert_tokens_to_ids([*question["prompt"].split(), "?"])
+    answer = tokenizer.convert_tokens_to_ids(question["answer"].split())
+    return Asked(family=question["family"], prompt=tuple(words), answer=(*answer, EOS))
+
+
+def _sample(questions: Sequence[Asked], rng: random.Random) -> list[Asked]:
+    chosen = []
+    for family in FAMILIES:
+        of_family = [question for question in questions if question.family == family]
+        chosen += rng.sample(of_family, min(len(of_family), _PER_FAMILY[family]))
+    rng.shuffle(chosen)
+    return chosen
+
+
+def _loss(
+    model: Any,  # noqa: ANN401
+    features_BPD: Tensor,
+    asked: Sequence[Sequence[Asked]],
+) -> tuple[Tensor, dict[str, tuple[int, int]]]:
+    """Return the mean loss of a token of an answer, and right and asked questions by family."""
+    ids_BT, labels_BT = _sequences(asked)
+    language = model.model.language_model
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        image = model.model.multi_modal_projector(features_BPD)
+        text = language.embed_tokens(ids_BT)
+        begin = language.embed_tokens(torch.full((len(ids_BT), 1), BOS))
+        hidden = language(
+            inputs_embeds=torch.cat([begin.to(image.dtype), image, text.to(image.dtype)], 1),
+            use_cache=False,
+        ).last_hidden_state
+        # The last image token and every text token but the last say the text that follows.
+        logits_BTV = model.lm_head(hidden[:, features_BPD.shape[1] : -1])
+    wanted = labels_BT.flatten()
+    loss = F.cross_entropy(logits_BTV.flatten(0, 1).float(), wanted, ignore_index=_IGNORED)
+    return loss, _count_right(logits_BTV.argmax(-1), labels_BT, asked)
+
+
+def _sequences(asked: Sequence[Sequence[Asked]]) -> tuple[Tensor, Tensor]:
+    """Return text tokens and labels (B, T), padded on the right."""
+    ids = [[t for q in questions for t in (*q.prompt, *q.answer)] for questions in asked]
+    labels = [
+        [t for q in questions for t in (*[_IGNORED] * len(q.prompt), *q.answer)]
+        for questions in asked
+    ]
+    length = max(len(row) for row in ids)
+    return (
+        torch.tensor([row + [PAD] * (length - len(row)) for row in ids]),
+        torch.tensor([row + [_IGNORED] * (length - len(row)) for row in labels]),
+    )
+
+
+def _count_right(
+    said_BT: Tensor, labels_BT: Tensor, asked: Sequence[Sequence[Asked]]
+) -> dict[str, tuple[int, int]]:
+    """Count answers whose every token is the likeliest: those that greedy decoding would give."""
+    fits_BT = ((said_BT == labels_BT) | (labels_BT == _IGNORED)).numpy()
+    counts = dict.fromkeys(FAMILIES, (0, 0))
+    for row, questions in zip(fits_BT, asked, strict=True):
+        start = 0
+        for question in questions:
+            end = start + len(question.prompt) + len(question.answer)
+            good, total = counts[question.family]
+            counts[question.family] = (good + bool(row[start:end].all()), total + 1)
+            start = end
+    return counts
