@@ -271,11 +271,11 @@ def load_model(
     except (OSError, ValueError) as err:
         if isinstance(err, ConfigError):
             raise
-        raise ConfigError(
-            f"model {place!r} cannot be loaded: {' '.join(str(err).split())}"
-        ) from err
+        reason = " ".join(str(err).split())
+        raise ConfigError(f"model {place!r} cannot be loaded: {reason}") from err
     finally:
-        transformers.utils.logging.enable_progress_bar()
+        if had_bar:
+            logging.enable_progress_bar()
     return model.to(device).eval(), processor
 
 

@@ -1,0 +1,295 @@
+"""Measure a grid of variants: encode once, carve, pack and unpack as a cache does, ask.
+
+B images of a batch, N tokens, K kept, D width.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import compress
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from pipeline.codecs import Codec
+from pipeline.decode import decode_image
+from pipeline.encoders import Pixels
+from pipeline.errors import SampleError
+from pipeline.evaluation.answers import Answers, LanguageModel, PromptBatch, load_model
+from pipeline.evaluation.images import AskedImage
+from pipeline.evaluation.information import effective_ranks, spectrum_shares
+from pipeline.evaluation.records import BatchRecords, ImageFacts
+from pipeline.evaluation.rows import read_back, store
+from pipeline.evaluation.stability import DISTURBANCES, disturbed, overlap
+from pipeline.evaluation.task import EvaluationTask
+from pipeline.evaluation.variants import Cut, tokens_of
+from pipeline.types import CarvedTokens, VisualTokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Encoded:
+    """One batch behind the encoder: images whose numbers are all finite."""
+
+    images: Sequence[AskedImage]
+    groups: Sequence[VisualTokens]  # `image_indices` count in `images`
+    copies: dict[str, Sequence[VisualTokens]]  # by disturbance, of the first images
+    prompts: PromptBatch
+
+    @property
+    def full(self) -> list[Tensor]:
+        """(N, D) of each image."""
+        rows: list[Tensor] = [torch.empty(0)] * len(self.images)
+        for group in self.groups:
+            for index, features_ND in zip(_indices(group), group.features, strict=True):
+                rows[index] = features_ND
+        return rows
+
+    def carve(
+        self, cut: Cut, groups: Sequence[VisualTokens]
+    ) -> tuple[list[CarvedTokens], list[float]]:
+        """Return what a cut leaves of each image of some groups, and the seconds it took."""
+        found: dict[int, tuple[CarvedTokens, float]] = {}
+        for group in groups:
+            _wait(group.features)
+            started = time.perf_counter()
+            results = cut.carver.carve(group)
+            _wait(group.features)
+            seconds = (time.perf_counter() - started) / len(results)
+            found |= {i: (one, seconds) for i, one in zip(_indices(group), results, strict=True)}
+        carved, seconds_B = zip(*(found[index] for index in sorted(found)), strict=True)
+        return list(carved), list(seconds_B)
+
+
+@dataclass(kw_only=True)
+class _Memory:
+    """Answers of one carver on one batch: equal tokens need not be asked about twice.
+
+    A prefix of a nested carver's result often is what carving to fewer tokens gives.
+    """
+
+    carver: tuple[str, str] = ("", "")
+    known: list[tuple[list[Tensor], Answers]]
+
+    def of(self, cut: Cut) -> list[tuple[list[Tensor], Answers]]:
+        """Return what is known of a cut's carver; forget others."""
+        if self.carver != (cut.name, cut.options):
+            self.carver, self.known = (cut.name, cut.options), []
+        return self.known
+
+
+class Measurer:
+    """Measures batches of images in one process.
+
+    Args:
+        task: what to measure.
+        device: a torch device.
+
+    Attributes:
+        rejected: images that could not be decoded or encoded, by reason.
+    """
+
+    def __init__(self, task: EvaluationTask, *, device: str = "cpu") -> None:
+        self.task = task
+        self.device = device
+        self.dtype: torch.dtype = getattr(torch, task.config.runner.dtype)
+        self.rejected: Counter[str] = Counter()
+        self.language: LanguageModel
+
+    def load(self) -> None:
+        """Load encoder and language model.
+
+        Raises:
+            ConfigError: they cannot be loaded, or do not fit the template.
+        """
+        task, asked = self.task, self.task.config.evaluation
+        model, processor = load_model(
+            task.model, revision=task.revision, dtype=self.dtype, device=self.device
+        )
+        self.language = LanguageModel(
+            model=model,
+            processor=processor,
+            stage=task.stage,
+            template=asked.template,
+            max_new_tokens=asked.max_new_tokens,
+        )
+        task.encoder.load(device=self.device, dtype=self.dtype, signals=task.grid.needs)
+
+    def measure(self, batch: Sequence[AskedImage]) -> tuple[pa.Table, pa.Table] | None:
+        """Return the (answers, images) rows of a batch; None where no image can be used.
+
+        Raises:
+            ConfigError: a prompt holds an image token.
+            NonFiniteError: a carved value does not fit a codec.
+        """
+        encoded = self._encode(batch)
+        if encoded is None:
+            return None
+        full = encoded.full
+        reference = self.language.ask(encoded.prompts, full)
+        records = BatchRecords(
+            images=encoded.images,
+            full_ranks=effective_ranks(full),
+            reference=reference,
+            language=self.language,
+        )
+        memory = _Memory(known=[])
+        for cut in self.task.grid.cuts:
+            self._measure_cut(cut, encoded, full, records, memory.of(cut))
+        return records.tables()
+
+    def _measure_cut(
+        self,
+        cut: Cut,
+        encoded: _Encoded,
+        full: Sequence[Tensor],
+        records: BatchRecords,
+        known: list[tuple[list[Tensor], Answers]],
+    ) -> None:
+        carved, seconds = encoded.carve(cut, encoded.groups)
+        copies = {kind: encoded.carve(cut, groups)[0] for kind, groups in encoded.copies.items()}
+        for read in cut.reads:
+            counts = [
+                len(one.positions) if read == cut.budget else _prefix(read, len(all_ND), one)
+                for one, all_ND in zip(carved, full, strict=True)
+            ]
+            kept = [one.features[one.ranks < n] for one, n in zip(carved, counts, strict=True)]
+            facts = ImageFacts(
+                tokens=counts,
+                num_bytes=[],
+                effective_rank=effective_ranks(kept),
+                spectrum_share=spectrum_shares(full, kept),
+                carve_s=seconds,
+                overlaps={kind: _overlaps(carved, copies[kind], counts) for kind in copies},
+                kept=[],
+            )
+            for plugin, codec in cut.codecs:
+                found, features = self._through_cache(carved, codec, counts, facts)
+                answers = self._ask(encoded.prompts, features, known)
+                records.add(cut.variant(plugin, read), answers, found)
+
+    def _through_cache(
+        self,
+        carved: Sequence[CarvedTokens],
+        codec: Codec,
+        counts: Sequence[int],
+        facts: ImageFacts,
+    ) -> tuple[ImageFacts, list[Tensor]]:
+        """Store and read carved images; return the facts completed, and the features read."""
+        rows = [store(one, codec) for one in carved]
+        images = read_back(rows, codec, keep_tokens=counts, device=self.device, dtype=self.dtype)
+        num_bytes = [row.bytes_read(n) for row, n in zip(rows, counts, strict=True)]
+        found = replace(facts, num_bytes=num_bytes, kept=images)
+        return found, [image.features for image in images]
+
+    def _ask(
+        self,
+        prompts: PromptBatch,
+        features: list[Tensor],
+        known: list[tuple[list[Tensor], Answers]],
+    ) -> Answers:
+        for others, answers in known:
+            if all(map(torch.equal, features, others)):
+                return answers
+        answers = self.language.ask(prompts, features)
+        known.append((features, answers))
+        return answers
+
+    def _encode(self, batch: Sequence[AskedImage]) -> _Encoded | None:
+        prepared = [
+            (image, pixels) for image in batch if (pixels := self._prepare(image)) is not None
+        ]
+        if not prepared:
+            return None
+        groups = self.task.encoder.encode_pixels([pixels for _, pixels in prepared])
+        good = _finite(groups, len(prepared))
+        self.rejected["non_finite"] += good.count(False)
+        if not any(good):
+            return None
+        prepared = list(compress(prepared, good))
+        images = [image for image, _ in prepared]
+        return _Encoded(
+            images=images,
+            groups=_select(groups, good),
+            copies=self._disturb(prepared),
+            prompts=self.language.lay_out([[q.prompt for q in i.questions] for i in images]),
+        )
+
+    def _prepare(self, image: AskedImage) -> Pixels | None:
+        try:
+            pixels = decode_image(
+                image.sample.image, key=image.sample.key, options=self.task.decode
+            )
+            return self.task.encoder.preprocess(pixels)
+        except SampleError as err:
+            self.rejected[err.reason] += 1
+            return None
+
+    def _disturb(
+        self, prepared: Sequence[tuple[AskedImage, Pixels]]
+    ) -> dict[str, Sequence[VisualTokens]]:
+        """Encode disturbed copies of those images that belong to the first of all."""
+        asked = self.task.config.evaluation
+        # Numbers rise, so they are the first of the batch too.
+        first = [(i.sample.key, p) for i, p in prepared if i.number < asked.stability_images]
+        if not first:
+            return {}
+        return {
+            kind: self.task.encoder.encode_pixels(
+                [disturbed(pixels, kind, key=key, seed=asked.seed) for key, pixels in first]
+            )
+            for kind in DISTURBANCES
+        }
+
+
+def _prefix(read: float, num_tokens: int, carved: CarvedTokens) -> int:
+    return min(len(carved.positions), tokens_of(read, num_tokens))
+
+
+def _overlaps(
+    carved: Sequence[CarvedTokens], copies: Sequence[CarvedTokens], counts: Sequence[int]
+) -> list[float]:
+    """Return the overlap of each image with its copy; the first ones have a copy."""
+    pairs = zip(carved, copies, counts, strict=False)
+    return [overlap(one, copy, first=count) for one, copy, count in pairs]
+
+
+def _indices(group: VisualTokens) -> Sequence[int]:
+    return range(len(group.features)) if group.image_indices is None else group.image_indices
+
+
+def _finite(groups: Sequence[VisualTokens], num_images: int) -> list[bool]:
+    """Return for each image whether all its numbers are finite."""
+    good = [True] * num_images
+    for group in groups:
+        values = (group.features, *group.signals.values())
+        is_good_B = torch.stack([v.isfinite().flatten(1).all(dim=1) for v in values]).all(dim=0)
+        for index, is_good in zip(_indices(group), is_good_B.tolist(), strict=True):
+            good[index] = is_good
+    return good
+
+
+def _select(groups: Sequence[VisualTokens], good: Sequence[bool]) -> list[VisualTokens]:
+    """Return the good images of each group, numbered anew."""
+    new = {old: place for place, old in enumerate(compress(range(len(good)), good))}
+    selected = []
+    for group in groups:
+        places = [place for place, index in enumerate(_indices(group)) if good[index]]
+        if not places:
+            continue
+        selected.append(
+            replace(
+                group,
+                features=group.features[places],
+                signals={name: values[places] for name, values in group.signals.items()},
+                image_indices=tuple(new[_indices(group)[place]] for place in places),
+            )
+        )
+    return selected
+
+
+def _wait(tensor: Tensor) -> None:
+    """Wait for an accelerator, so that seconds are those of the work."""
+    if tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)

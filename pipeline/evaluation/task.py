@@ -1,0 +1,129 @@
+"""A checked evaluation: its config with the plug-ins built. Cheap to make and to pickle."""
+
+import importlib.metadata
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline import __version__, encoders
+from pipeline.decode import DecodeOptions
+from pipeline.encoders import Encoder
+from pipeline.errors import ConfigError
+from pipeline.evaluation.images import ImageSource
+from pipeline.evaluation.questions import (
+    ColumnQuestions,
+    Questions,
+    SamePrompts,
+    fill_template,
+    read_questions,
+)
+from pipeline.evaluation.settings import EvaluationConfig
+from pipeline.evaluation.variants import Grid, build_grid
+from pipeline.source import SourceOptions
+
+_VERSIONED = ("torch", "transformers", "pyarrow", "pillow", "numpy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationTask:
+    """Everything that a process needs to measure a share of the images."""
+
+    config: EvaluationConfig
+    encoder: Encoder
+    grid: Grid
+    source: ImageSource
+    questions: Questions
+    decode: DecodeOptions
+    stage: str  # of the encoder's features
+    model: str  # place of the checkpoint
+    revision: str | None
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """What was measured and with what, as JSON."""
+        return {
+            "config": self.config.model_dump(mode="json"),
+            "encoder": {"name": self.config.encoder.name, **self.encoder.describe(self.grid.needs)},
+            "left_out": dict(self.grid.left_out),
+            "versions": {
+                "carvecache": __version__,
+                **{name: importlib.metadata.version(name) for name in _VERSIONED},
+            },
+        }
+
+
+def resolve_evaluation(config: EvaluationConfig) -> EvaluationTask:
+    """Build the plug-ins of an evaluation and check that they fit together; loads no weights.
+
+    Raises:
+        ConfigError: names every problem found.
+        StorageError: input or questions cannot be reached.
+    """
+    problems: list[str] = []
+    encoder = grid = described = None
+    try:
+        encoder = encoders.build(config.encoder.name, config.encoder.options)
+        described = encoder.describe()
+        yields = encoder.yields
+        grid = build_grid(config.evaluation, yields)
+    except ConfigError as err:
+        problems.append(str(err))
+    if described is not None and "stage" not in described:
+        problems.append(
+            f"encoder {config.encoder.name!r} gives features that no language model takes: use one "
+            "with a stage, such as llava"
+        )
+    source = _source(config)
+    questions: Questions | None = None
+    for check in (source.check, lambda: _check_template(config)):
+        try:
+            check()
+        except ConfigError as err:
+            problems.append(str(err))
+    try:
+        questions = _questions(config)
+    except ConfigError as err:
+        problems.append(str(err))
+    if problems or encoder is None or grid is None or described is None or questions is None:
+        raise ConfigError("; ".join(problems))
+    return EvaluationTask(
+        config=config,
+        encoder=encoder,
+        grid=grid,
+        source=source,
+        questions=questions,
+        decode=DecodeOptions(max_pixels=int(config.input.max_megapixels * 1_000_000)),
+        stage=str(described["stage"]),
+        model=str(config.encoder.options["model"]),
+        revision=config.encoder.options.get("revision"),
+    )
+
+
+def _source(config: EvaluationConfig) -> ImageSource:
+    column = config.evaluation.column
+    return ImageSource(
+        shards=config.input.shards,
+        images=config.images,
+        options=SourceOptions(
+            image_suffixes=tuple(config.input.image_suffixes),
+            column_suffixes=(column,) if column else (),
+            max_member_bytes=config.input.max_member_mib << 20,
+            on_truncated=config.input.on_truncated,
+        ),
+        max_images=config.evaluation.max_images,
+    )
+
+
+def _questions(config: EvaluationConfig) -> Questions:
+    asked = config.evaluation
+    if asked.questions:
+        return read_questions(asked.questions)
+    if asked.column:
+        return ColumnQuestions(column=asked.column)
+    return SamePrompts(prompts=tuple(asked.prompts))
+
+
+def _check_template(config: EvaluationConfig) -> None:
+    template = config.evaluation.template
+    if "<image>" in template:  # a model's own image token is checked with its tokenizer
+        fill_template(template, [""], "<image>")
