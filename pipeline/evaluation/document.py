@@ -82,6 +82,10 @@ dl { margin: .6rem 0 0; }
 dt { font-size: .75rem; }
 dd { margin: 0 0 .4rem; font-style: italic; font-size: .875rem; }
 .wide { overflow-x: auto; }
+.wide th, .wide td { overflow-wrap: normal; font-size: .8125rem; }
+.wide tbody th { white-space: nowrap; }
+details { border-bottom: 1px solid var(--line); padding: .5rem 0; }
+summary { cursor: pointer; }
 .heat { width: auto; font-size: .8125rem; }
 .heat th, .heat td { padding: .25rem .6rem; border-bottom: 1px solid var(--page); }
 .heat tbody th { white-space: nowrap; }

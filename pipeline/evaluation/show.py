@@ -14,13 +14,13 @@ from PIL import Image, ImageOps
 from pipeline import carvers, encoders
 from pipeline.carved_cache import CachedImage, CarvedCache, open_cache
 from pipeline.carvers import Carver
-from pipeline.carvers._base import BUDGET_OPTIONS
 from pipeline.config import JobConfig
 from pipeline.decode import DecodeOptions, decode_image
 from pipeline.encoders import Encoder, Pixels
 from pipeline.errors import ConfigError, MissingSignalError
 from pipeline.evaluation.drawing import CELL, SeenImage, seen_image
 from pipeline.evaluation.shown import Carving, ShownImage
+from pipeline.evaluation.variants import budget_option
 from pipeline.storage import read_input
 from pipeline.types import CarvedTokens
 
@@ -28,6 +28,7 @@ Fit = Literal["model", "crop", "pad", "stretch"]
 """How an image comes under the grid of a stored row: as the model's own image processor does it, or
 its middle, or padded to the shape of the grid, or stretched to it."""
 
+_BUDGETS = frozenset({"keep_tokens", "keep_ratio", "mean_tokens", "mean_ratio"})
 _PADDING = (122, 116, 104)  # the mean of CLIP's pixels, which LLaVA pads with
 
 
@@ -136,13 +137,14 @@ def show_row(
 def _options(config: JobConfig, name: str, keep: float | None) -> Mapping[str, Any]:
     """Return the options of a carver: the config's own, with the budget that is asked for."""
     own = dict(config.carver.options)
-    known = {field.name for field in dataclasses.fields(carvers.load(name))}
-    budget = {option: own.pop(option) for option in BUDGET_OPTIONS & own.keys()}
-    if keep is not None:
-        _check_keep(keep)
-        budget = {"keep_ratio": keep}
+    budget = {option: own.pop(option) for option in _BUDGETS & own.keys()}
     given = own if name == config.carver.name else {}
-    return {**given, **{option: value for option, value in budget.items() if option in known}}
+    if keep is None:
+        known = {field.name for field in dataclasses.fields(carvers.load(name))}
+        return {**given, **{option: budget[option] for option in budget.keys() & known}}
+    _check_keep(keep)
+    option = budget_option(name)
+    return given if option is None else {**given, option: keep}
 
 
 def _check_keep(keep: float) -> None:
