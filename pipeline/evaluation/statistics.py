@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 CONFIDENCE = 0.95
 
+RANK_RESAMPLES = 500
+
 Floats = NDArray[np.float64]
 
 
@@ -103,15 +105,17 @@ class Bootstrap:
         """Return Spearman's rank correlation over images, with its interval.
 
         Ties share the mean of their ranks. Images where either is NaN are left out. NaN where one
-        of the two is constant; resamples where one is are left out of the interval.
+        of the two is constant; resamples where one is are left out of the interval. The interval is
+        from the first `RANK_RESAMPLES` resamples: ranking anew in each is slow.
         """
         good_I = np.isfinite(x_I) & np.isfinite(y_I)
-        weights_RI = self.weights[:, good_I]
+        # Images as rows: they are sorted, and a row of resamples lies together in memory.
+        weights_IR = np.ascontiguousarray(self.weights[:RANK_RESAMPLES, good_I].T)
         x_I, y_I = x_I[good_I], y_I[good_I]
-        ones_1I = np.ones((1, len(x_I)))
-        (value,) = _weighted_spearman(x_I, y_I, ones_1I) if len(x_I) else [np.nan]
-        samples_R1 = _weighted_spearman(x_I, y_I, weights_RI)[:, None]
-        return intervals(np.array([value]), samples_R1, np.array([len(x_I)]))[0]
+        ones_I1 = np.ones((len(x_I), 1))
+        value_1 = _weighted_spearman(x_I, y_I, ones_I1)
+        samples_R1 = _weighted_spearman(x_I, y_I, weights_IR)[:, None]
+        return intervals(value_1, samples_R1, np.array([len(x_I)]))[0]
 
 
 def intervals(values_C: Floats, samples_RC: Floats, images_C: NDArray[np.int64]) -> list[Interval]:
@@ -128,42 +132,59 @@ def intervals(values_C: Floats, samples_RC: Floats, images_C: NDArray[np.int64])
 
 
 def row_spearman(x_RC: Floats, y_RC: Floats) -> Floats:
-    """Return Spearman's correlation of each row's C pairs; ties share the mean of their ranks."""
-    return np.array(
-        [
-            _weighted_spearman(x_C, y_C, np.ones((1, len(x_C))))[0]
-            for x_C, y_C in zip(x_RC, y_RC, strict=True)
-        ]
-    )
+    """Return Spearman's correlation of each row's C pairs; ties share the mean of their ranks.
+
+    Returns:
+        (R,), NaN where one of the two is constant or holds NaN.
+    """
+    x_RC, y_RC = _row_ranks(x_RC), _row_ranks(y_RC)
+    x_RC -= x_RC.mean(axis=1, keepdims=True)
+    y_RC -= y_RC.mean(axis=1, keepdims=True)
+    return _correlations((x_RC * y_RC).sum(axis=1), (x_RC**2).sum(axis=1), (y_RC**2).sum(axis=1))
+
+
+def _row_ranks(values_RC: Floats) -> Floats:
+    """Return the rank of each value in its row, from 1; NaN rows where one is NaN."""
+    ranks_RC = np.full_like(values_RC, np.nan)
+    for row_C, ranks_C in zip(values_RC, ranks_RC, strict=True):
+        if np.isfinite(row_C).all():
+            below_CC, equal_CC = row_C < row_C[:, None], row_C == row_C[:, None]
+            ranks_C[:] = below_CC.sum(axis=1) + (equal_CC.sum(axis=1) + 1) / 2
+    return ranks_RC
+
+
+def _correlations(both_R: Floats, left_R: Floats, right_R: Floats) -> Floats:
+    """Return covariances over spreads, of ranks: NaN where one spread is 0."""
+    spread_R = np.sqrt(left_R * right_R)
+    # Ranks are multiples of 1/2, so a spread below this is none.
+    return np.divide(both_R, spread_R, out=np.full_like(both_R, np.nan), where=spread_R > 1e-6)
 
 
 def _divided(values: Floats, by: NDArray[np.int64]) -> Floats:
     return np.where(by > 0, values / np.maximum(by, 1), np.nan)
 
 
-def _weighted_spearman(x_I: Floats, y_I: Floats, weights_RI: Floats) -> Floats:
-    """Return (R,) correlations of the ranks that samples have in which images occur repeatedly."""
-    ranks_x_RI, ranks_y_RI = _weighted_ranks(x_I, weights_RI), _weighted_ranks(y_I, weights_RI)
-    total_R = weights_RI.sum(axis=1)
-    safe_R1 = np.maximum(total_R, 1)[:, None]
-    x_RI = ranks_x_RI - (weights_RI * ranks_x_RI).sum(axis=1, keepdims=True) / safe_R1
-    y_RI = ranks_y_RI - (weights_RI * ranks_y_RI).sum(axis=1, keepdims=True) / safe_R1
-    both_R = np.einsum("ri,ri,ri->r", weights_RI, x_RI, y_RI)
-    spread_R = np.sqrt(
-        np.einsum("ri,ri,ri->r", weights_RI, x_RI, x_RI)
-        * np.einsum("ri,ri,ri->r", weights_RI, y_RI, y_RI)
-    )
-    # Ranks are multiples of 1/2, so a spread below this is none.
-    return np.divide(both_R, spread_R, out=np.full_like(both_R, np.nan), where=spread_R > 1e-6)
+def _weighted_spearman(x_I: Floats, y_I: Floats, weights_IR: Floats) -> Floats:
+    """Return (R,) correlations of the ranks in samples that hold images repeatedly."""
+    x_IR, y_IR = _weighted_ranks(x_I, weights_IR), _weighted_ranks(y_I, weights_IR)
+    # Mid-ranks of n images have the mean (n + 1) / 2 whatever is tied.
+    middle_R = (weights_IR.sum(axis=0) + 1) / 2
+    x_IR -= middle_R
+    y_IR -= middle_R
+    weighted_IR = weights_IR * x_IR
+    left_R = np.einsum("ir,ir->r", weighted_IR, x_IR)
+    both_R = np.einsum("ir,ir->r", weighted_IR, y_IR)
+    right_R = np.einsum("ir,ir->r", weights_IR, np.square(y_IR, out=y_IR))
+    return _correlations(both_R, left_R, right_R)
 
 
-def _weighted_ranks(values_I: Floats, weights_RI: Floats) -> Floats:
-    """Return (R, I) mean rank of each image among the copies of all, in samples by weights."""
+def _weighted_ranks(values_I: Floats, weights_IR: Floats) -> Floats:
+    """Return (I, R) mean rank of each image among the copies of all, in samples by weights."""
     if len(values_I) == 0:
-        return np.zeros_like(weights_RI)
+        return np.zeros_like(weights_IR)
     _, group_I = np.unique(values_I, return_inverse=True)
     order_I = np.argsort(group_I, kind="stable")
     starts_G = np.flatnonzero(np.diff(group_I[order_I], prepend=-1))
-    held_RG = np.add.reduceat(weights_RI[:, order_I], starts_G, axis=1)
-    ranks_RG = np.cumsum(held_RG, axis=1) - held_RG / 2 + 0.5
-    return ranks_RG[:, group_I]
+    held_GR = np.add.reduceat(weights_IR[order_I], starts_G, axis=0)
+    ranks_GR = np.cumsum(held_GR, axis=0) - held_GR / 2 + 0.5
+    return ranks_GR[group_I]
