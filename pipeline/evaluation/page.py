@@ -39,6 +39,7 @@ def render_page(
     *,
     worst: Sequence[WorstCase] = (),
     seen: Mapping[str, SeenImage] | None = None,
+    problem: str = "",
 ) -> str:
     """Return the page: valid HTML, no scripts, no links to other files.
 
@@ -46,14 +47,15 @@ def render_page(
         means: all of them.
         worst: single answers to show, as `find_worst` gives them.
         seen: by key, what the model saw of the images of `worst`; those without are left out.
+        problem: why there are no pictures, if so; stands in their place.
     """
     sections = (
         _header(means),
         _bytes_plot(means),
         _budget_plot(means),
         _heat_maps(means),
+        _worst_cases(worst, seen or {}, problem),
         _tables(result_tables(means)),
-        _worst_cases(worst, seen or {}),
     )
     return document("carve evaluate", filter(None, sections))
 
@@ -219,8 +221,10 @@ def _table(table: Table) -> str:
     )
 
 
-def _worst_cases(worst: Sequence[WorstCase], seen: Mapping[str, SeenImage]) -> str:
+def _worst_cases(worst: Sequence[WorstCase], seen: Mapping[str, SeenImage], problem: str) -> str:
     figures = "".join(_figure(case, seen[case.key]) for case in worst if case.key in seen)
+    if problem:
+        figures = f'<p class="note">No pictures: {escape(problem)}</p>'
     if not figures:
         return ""
     return (

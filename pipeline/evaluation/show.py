@@ -2,9 +2,8 @@
 
 import dataclasses
 import hashlib
-import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -70,16 +69,25 @@ def show_images(
     ]
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     encoder.load(device=device, dtype=getattr(torch, config.runner.dtype), signals=signals)
-    shown = []
-    places = iter(range(len(images)))
-    while batch := list(itertools.islice(places, config.runner.batch_size)):
-        results = _carve(encoder, chosen, [prepared[place] for place in batch])
-        for place, (seen, carved) in zip(batch, results, strict=True):
-            found = [
-                _carving(name, _words(options[name]), tokens) for name, tokens in carved.items()
-            ]
-            shown.append(ShownImage(name=images[place], note="", seen=seen, carvings=found))
-    return shown
+    found = _carve(encoder, chosen, prepared, batch_size=config.runner.batch_size)
+    return [
+        ShownImage(
+            name=url,
+            note="",
+            seen=seen,
+            carvings=[_carving(n, _words(options[n]), tokens) for n, tokens in carved.items()],
+        )
+        for url, (seen, carved) in zip(images, found, strict=True)
+    ]
+
+
+def see_images(encoder: Encoder, prepared: Sequence[Pixels], *, batch_size: int) -> list[SeenImage]:
+    """Return where the tokens of preprocessed images lie; `encoder` is loaded.
+
+    Raises:
+        ConfigError: tokens do not lie over the image.
+    """
+    return [seen for seen, _ in _carve(encoder, {}, prepared, batch_size=batch_size)]
 
 
 def show_row(
@@ -164,19 +172,20 @@ def _check_signals(name: str, encoder: Encoder, chosen: Mapping[str, Carver]) ->
 
 
 def _carve(
-    encoder: Encoder, chosen: Mapping[str, Carver], prepared: Sequence[Pixels]
-) -> list[tuple[SeenImage, dict[str, CarvedTokens]]]:
-    """Return what the model saw of each image, and what each carver left, in order."""
-    results: dict[int, tuple[SeenImage, dict[str, CarvedTokens]]] = {}
-    for group in encoder.encode_pixels(prepared):
-        indices = group.image_indices or range(len(prepared))
-        carved = {name: carver.carve(group) for name, carver in chosen.items()}
-        for row, index in enumerate(indices):
-            seen = seen_image(
-                prepared[index], group.grid, num_views=group.num_views, tiles=group.tiles
-            )
-            results[index] = seen, {name: tokens[row] for name, tokens in carved.items()}
-    return [results[index] for index in range(len(prepared))]
+    encoder: Encoder, chosen: Mapping[str, Carver], prepared: Sequence[Pixels], *, batch_size: int
+) -> Iterator[tuple[SeenImage, dict[str, CarvedTokens]]]:
+    """Yield what the model saw of each image, and what each carver left of it, in order."""
+    for start in range(0, len(prepared), batch_size):
+        batch = prepared[start : start + batch_size]
+        results: dict[int, tuple[SeenImage, dict[str, CarvedTokens]]] = {}
+        for group in encoder.encode_pixels(batch):
+            carved = {name: carver.carve(group) for name, carver in chosen.items()}
+            for row, index in enumerate(group.image_indices or range(len(batch))):
+                seen = seen_image(
+                    batch[index], group.grid, num_views=group.num_views, tiles=group.tiles
+                )
+                results[index] = seen, {name: tokens[row] for name, tokens in carved.items()}
+        yield from (results[index] for index in range(len(batch)))
 
 
 def _carving(name: str, note: str, tokens: CarvedTokens | CachedImage) -> Carving:

@@ -241,3 +241,11 @@ def test_worst_answers_are_drawn_and_escaped_and_those_without_a_picture_left_ou
     assert len(checked.sources) == 2
     assert hostile in checked.text and "<i>no</i>" in checked.text and "unseen" not in checked.text
     assert "KL 1.250 nats" in checked.text
+
+
+def test_a_page_says_why_there_are_no_pictures() -> None:
+    summary = parse_summary(made_summary([FULL, variant("tome", 1 / 3)]))
+
+    text = check_page(render_page(summary, problem="17 tokens do not lie over <it>")).text
+
+    assert "No pictures: 17 tokens do not lie over <it>" in text
