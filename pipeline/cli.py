@@ -1,11 +1,12 @@
 """The `carve` command."""
 
+import functools
 import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 import yaml
@@ -15,6 +16,7 @@ from pipeline.cache.verify import find_damage
 from pipeline.carved_cache import open_cache
 from pipeline.config import JobConfig, load_config
 from pipeline.errors import ExitCode, PipelineError
+from pipeline.evaluation import evaluate_command, show_command
 from pipeline.job import resolve_job
 from pipeline.plan import make_plan
 from pipeline.run_report import RunReport
@@ -166,6 +168,24 @@ def demo(
             print(line)
 
 
+def evaluate_fidelity(
+    config: Annotated[Path, typer.Option("--config", help="YAML file of one evaluation.")],
+    output: Annotated[str | None, typer.Option("--output", help="Folder of the results.")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Measure what carving costs on the actors of a Ray cluster; else as `carve evaluate`."""
+    from pipeline.evaluation import resolve_evaluation
+    from pipeline.ray_runner import evaluate_on_ray
+
+    _log_to_stderr()
+    with _errors_as_lines():
+        checked = evaluate_command.read_config(config, {"output": output}, overrides)
+        task = resolve_evaluation(checked)
+        summary = evaluate_on_ray(task, on_batch=evaluate_command.progress())
+    for line in evaluate_command.result_lines(summary, checked.output):
+        print(line)
+
+
 def summary_lines(report: RunReport, url: str) -> Iterator[str]:
     """Yield the end of a run in words."""
     if report.num_done_before == report.num_shards:
@@ -193,6 +213,22 @@ def summary_lines(report: RunReport, url: str) -> Iterator[str]:
         yield f"{report.num_duplicates} rows are hidden by an equal key of an earlier shard"
     if report.interrupted:
         yield "interrupted; the same command resumes"
+
+
+def _with_lines(command: Callable[..., None]) -> Callable[..., None]:
+    """Return a command of another module, its errors as lines and its log on stderr."""
+
+    @functools.wraps(command)
+    def run_command(*args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        _log_to_stderr()
+        with _errors_as_lines():
+            command(*args, **kwargs)
+
+    return run_command
+
+
+app.command("evaluate")(_with_lines(evaluate_command.evaluate))
+app.command("show")(_with_lines(show_command.show))
 
 
 def main() -> None:

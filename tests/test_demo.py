@@ -98,10 +98,11 @@ def test_the_corpus_is_in_every_format_and_says_what_is_in_it(corpus: Corpus) ->
     assert corpus.num_images == 240 == len(described) == len({key for key, _, _ in found})
     assert sum(corpus.formats.values()) == len(sizes) == 234
     assert min(corpus.formats[name] for name in ("jpeg", "png", "webp")) >= 20
-    assert min(side for shape in sizes for side in shape[:2]) >= 200
+    assert min(side for shape in sizes for side in shape[:2]) == 168
     assert max(side for shape in sizes for side in shape[:2]) <= 900
     assert {about["source"] for about in described} == {"drawn", *(f"{p}.jpg" for p in PHOTOS)}
     assert captions == list(corpus.captions)
+    assert sum("questions" in about for about in described) == 54
 
 
 def test_exactly_the_planted_samples_cannot_be_decoded(corpus: Corpus) -> None:

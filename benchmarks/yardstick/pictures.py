@@ -7,6 +7,7 @@ import random
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
 from functools import cache, partial
 from importlib import resources
 from pathlib import Path
@@ -74,9 +75,7 @@ def _write_shard(folder: Path, kind: str, seed: str, number: int) -> None:
             images.append(image_targets(quiz))
             sink = io.BytesIO()
             quiz.image.save(sink, "JPEG", quality=rng.randint(*_QUALITY))
-            asked = [
-                {"family": q.family, "prompt": q.prompt, "answer": q.answer} for q in quiz.questions
-            ]
+            asked = [asdict(question) for question in quiz.questions]
             _add(tar, f"{key}.jpg", sink.getvalue())
             _add(tar, f"{key}.json", json.dumps({"questions": asked}).encode())
     np.savez(path.with_suffix(".npz"), patches=np.stack(patches), images=np.stack(images))

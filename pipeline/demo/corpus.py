@@ -1,7 +1,8 @@
 """A small image corpus made on the spot: webdataset shards, the same bytes every time.
 
-Real photographs cropped and re-encoded in many ways, drawn scenes, text, and a few samples that
-are broken on purpose. Which bytes come out depends on the seed and on the version of Pillow only.
+Real photographs cropped and re-encoded in many ways, drawn scenes, text, pictures with questions,
+and a few samples that are broken on purpose. Which bytes come out depends on the seed and on the
+version of Pillow only.
 """
 
 import io
@@ -12,13 +13,14 @@ import tarfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from pipeline.demo.quiz import draw_quiz
 from pipeline.demo.scenes import draw_scene, draw_text
 
 NUM_SHARDS = 6
@@ -59,7 +61,7 @@ DAMAGES: Sequence[Damage] = (
 
 _DAMAGED_PLACE = 17  # of the images of a shard
 _PERIOD = 20  # of the kinds of image: photographs, then
-_FIRST_SCENE, _FIRST_TEXT = 13, 18
+_FIRST_SCENE, _FIRST_QUIZ, _FIRST_TEXT = 11, 13, 18
 _MIN_SIDE, _MAX_SIDE, _MAX_ASPECT = 200, 900, 2.0
 _SUFFIXES = {"jpeg": "jpg", "png": "png", "webp": "webp"}
 _FORMATS = {suffix: name for name, suffix in _SUFFIXES.items()}
@@ -191,13 +193,17 @@ def _kind(place: int) -> str:
         return "broken"
     if place % _PERIOD < _FIRST_SCENE:
         return "photo"
-    return "scene" if place % _PERIOD < _FIRST_TEXT else "text"
+    if place % _PERIOD < _FIRST_QUIZ:
+        return "scene"
+    return "quiz" if place % _PERIOD < _FIRST_TEXT else "text"
 
 
 def _draw(
     kind: str, photos: Mapping[str, Image.Image], rng: random.Random
 ) -> tuple[Image.Image, str, dict[str, Any]]:
     """Return an image, its caption, and where it comes from."""
+    if kind == "quiz":
+        return _draw_quiz(photos, rng)
     width = rng.randint(_MIN_SIDE, _MAX_SIDE)
     height = rng.randint(
         max(_MIN_SIDE, round(width / _MAX_ASPECT)), min(_MAX_SIDE, round(width * _MAX_ASPECT))
@@ -217,6 +223,15 @@ def _draw(
     return image, PHOTOS[name], about
 
 
+def _draw_quiz(
+    photos: Mapping[str, Image.Image], rng: random.Random
+) -> tuple[Image.Image, str, dict[str, Any]]:
+    quiz = draw_quiz(rng, [photo.convert("RGB") for photo in photos.values()])
+    asked = [asdict(question) for question in quiz.questions]
+    about = {"source": "drawn", "questions": asked}
+    return quiz.image, f"a picture with {len(asked)} questions", about
+
+
 def _crop_box(
     rng: random.Random, size: tuple[int, int], aspect: float
 ) -> tuple[int, int, int, int]:
@@ -230,6 +245,8 @@ def _crop_box(
 
 def _choose_encoding(kind: str, rng: random.Random) -> dict[str, Any]:
     """Return the format and its options in Pillow's words; `colors` and `turned` are ours."""
+    if kind == "quiz":
+        return {"format": "jpeg", "quality": rng.randint(85, 95)}
     weights = (1, 4, 2) if kind == "text" else (6, 1, 3)
     name = rng.choices(("jpeg", "png", "webp"), weights)[0]
     if name == "png":

@@ -15,12 +15,13 @@ from pipeline.job import Job
 from pipeline.plan import Plan, make_plan
 from pipeline.ray_runner._cluster import connected, local_cluster
 from pipeline.ray_runner._driver import Driver
+from pipeline.ray_runner._evaluation import evaluate_on_ray
 from pipeline.run_report import FailedShard, RunReport
 from pipeline.source import shard_id
 from pipeline.stop_signal import stop_on_signals
 from pipeline.storage import Store, open_store
 
-__all__ = ["local_cluster", "run_job"]
+__all__ = ["evaluate_on_ray", "local_cluster", "run_job"]
 
 logger = logging.getLogger(__name__)
 
