@@ -27,7 +27,7 @@ LEGEND = (
 _SEEN = "as the model saw it"
 _WIDTH = 576  # pixels of a picture of one view on a page
 _WIDE = 1160  # of several views
-_PANELS_PER_ROW = 4
+_SHEET = 2400  # pixels of a row of panels, or one panel where that is wider
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,11 +122,12 @@ def _sheet(shown: Sequence[ShownImage]) -> bytes:
 
 
 def _rows(shown: ShownImage) -> Iterator[PanelRow]:
-    """Yield the panels of an image, a few a row, the first under the image's name."""
+    """Yield the panels of an image, as many a row as fit, the first under the image's name."""
     panels = list(shown.panels())
-    for start in range(0, len(panels), _PANELS_PER_ROW):
+    at_once = max(1, _SHEET // panels[0].image.width)
+    for start in range(0, len(panels), at_once):
         heading = "" if start else "; ".join(filter(None, [shown.name, shown.note]))
-        yield PanelRow(panels=panels[start : start + _PANELS_PER_ROW], heading=heading)
+        yield PanelRow(panels=panels[start : start + at_once], heading=heading)
 
 
 _WRITERS = {".html": _page, ".htm": _page, ".png": _sheet}

@@ -21,7 +21,7 @@ from pipeline.encoders import Pixels
 from pipeline.errors import ConfigError, ExitCode, KeyNotFoundError, MissingSignalError
 from pipeline.evaluation.drawing import draw_tokens, seen_image
 from pipeline.evaluation.show import show_images, show_row
-from pipeline.evaluation.shown import Carving, ShownImage, render_shown
+from pipeline.evaluation.shown import Carving, ShownImage, render_shown, write_shown
 from pipeline.job import Job, resolve_job
 from pipeline.source import expand_shards
 from pipeline.storage import open_store
@@ -311,6 +311,19 @@ def test_the_command_writes_a_page_and_a_picture(place: Path, tmp_path: Path) ->
     drawn = draw_tokens(shown.seen, shown.carvings[0].positions, shown.carvings[0].sizes)
     with Image.open(tmp_path / "show.png") as image:
         assert contains(np.asarray(image), np.asarray(drawn))
+
+
+def test_the_panels_of_a_clip_stand_below_each_other_in_a_picture(tmp_path: Path) -> None:
+    seen = seen_image(np.zeros((8 * 224, 224, 3), dtype=np.uint8), (14, 14), num_views=8)
+    carving = Carving(name="c", note="", positions=[0], sizes=[1.0])
+    shown = ShownImage(name="clip", note="", seen=seen, carvings=[carving])
+
+    write_shown([shown], tmp_path / "clip.png")
+
+    (panel, _) = shown.panels()
+    with Image.open(tmp_path / "clip.png") as image:
+        assert panel.image.width <= image.width < panel.image.width + 100
+        assert image.height > 2 * panel.image.height
 
 
 def contains(sheet: Pixels, part: Pixels) -> bool:
