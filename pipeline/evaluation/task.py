@@ -1,14 +1,14 @@
 """A checked evaluation: its config with the plug-ins built. Cheap to make and to pickle."""
 
 import importlib.metadata
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from pipeline import __version__, encoders
 from pipeline.decode import DecodeOptions
 from pipeline.encoders import Encoder
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, PipelineError
 from pipeline.evaluation.images import ImageSource
 from pipeline.evaluation.questions import (
     ColumnQuestions,
@@ -20,6 +20,9 @@ from pipeline.evaluation.questions import (
 from pipeline.evaluation.settings import EvaluationConfig
 from pipeline.evaluation.variants import Grid, build_grid
 from pipeline.source import SourceOptions
+from pipeline.types import SIGNALS
+
+T = TypeVar("T")
 
 _VERSIONED = ("torch", "transformers", "pyarrow", "pillow", "numpy")
 
@@ -56,35 +59,25 @@ def resolve_evaluation(config: EvaluationConfig) -> EvaluationTask:
     """Build the plug-ins of an evaluation and check that they fit together; loads no weights.
 
     Raises:
-        ConfigError: names every problem found.
-        StorageError: input or questions cannot be reached.
+        ConfigError: names every problem found, an input that cannot be reached among them.
     """
     problems: list[str] = []
-    encoder = grid = described = None
-    try:
-        encoder = encoders.build(config.encoder.name, config.encoder.options)
-        described = encoder.describe()
-        yields = encoder.yields
-        grid = build_grid(config.evaluation, yields)
-    except ConfigError as err:
-        problems.append(str(err))
+    chosen = config.encoder
+    encoder = _attempt(problems, lambda: encoders.build(chosen.name, chosen.options))
+    described = _attempt(problems, encoder.describe) if encoder else None
+    # Without an encoder the names and options of the grid are checked all the same.
+    yields = encoder.yields if encoder and described is not None else frozenset(SIGNALS)
+    grid = _attempt(problems, lambda: build_grid(config.evaluation, yields))
     if described is not None and "stage" not in described:
         problems.append(
-            f"encoder {config.encoder.name!r} gives features that no language model takes: use one "
-            "with a stage, such as llava"
+            f"encoder {chosen.name!r} gives features that no language model takes: use one with a "
+            "stage, such as llava"
         )
     source = _source(config)
-    questions: Questions | None = None
-    for check in (source.check, lambda: _check_template(config)):
-        try:
-            check()
-        except ConfigError as err:
-            problems.append(str(err))
-    try:
-        questions = _questions(config)
-    except ConfigError as err:
-        problems.append(str(err))
-    if problems or encoder is None or grid is None or described is None or questions is None:
+    _attempt(problems, source.check)
+    _attempt(problems, lambda: _check_template(config))
+    questions = _attempt(problems, lambda: _questions(config))
+    if problems or not (encoder and grid and questions) or described is None:
         raise ConfigError("; ".join(problems))
     return EvaluationTask(
         config=config,
@@ -97,6 +90,14 @@ def resolve_evaluation(config: EvaluationConfig) -> EvaluationTask:
         model=str(config.encoder.options["model"]),
         revision=config.encoder.options.get("revision"),
     )
+
+
+def _attempt(problems: list[str], action: Callable[[], T]) -> T | None:
+    try:
+        return action()
+    except PipelineError as err:
+        problems.append(str(err))
+        return None
 
 
 def _source(config: EvaluationConfig) -> ImageSource:

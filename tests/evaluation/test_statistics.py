@@ -128,9 +128,9 @@ def test_less_than_two_images_give_no_interval(counts: list[float]) -> None:
     assert np.isnan(found.mean) == (sum(counts) == 0)
 
 
-tied = st.lists(
-    st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=3, max_size=12
-).filter(lambda pairs: len({x for x, _ in pairs}) > 1 and len({y for _, y in pairs}) > 1)
+tied = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=3, max_size=12).filter(
+    lambda pairs: len({x for x, _ in pairs}) > 1 and len({y for _, y in pairs}) > 1
+)
 
 
 @given(tied)
