@@ -182,8 +182,7 @@ def evaluate_fidelity(
         checked = evaluate_command.read_config(config, {"output": output}, overrides)
         task = resolve_evaluation(checked)
         summary = evaluate_on_ray(task, on_batch=evaluate_command.progress())
-    for line in evaluate_command.result_lines(summary, checked.output):
-        print(line)
+        evaluate_command.report(task, summary)
 
 
 def summary_lines(report: RunReport, url: str) -> Iterator[str]:

@@ -6,8 +6,8 @@ others, at the positions it would have alone. So keys and values of an image are
 a step makes the next token of every answer at once. The numbers are those of `model.generate` on
 `consumers.hf.prepare`, but for rounding.
 
-B rows (one an image), P prefix columns of the longest row, Q questions, J prompts of one row at
-most, S columns of a row's prompts side by side, C columns in all, D width, V vocabulary.
+B rows (one an image), P prefix columns of the longest row, Q questions, J answers of one row that
+go on, S columns of a row's prompts side by side, C columns in all, D width, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -172,26 +172,33 @@ class LanguageModel:
         return logits_QV
 
     def _continue(
-        self, row: "_Rows", prompts: PromptBatch, logits_QV: Tensor, next_Q: Tensor
+        self, row: "_Rows", prompts: PromptBatch, logits_AV: Tensor, next_Q: Tensor
     ) -> Tensor:
-        """Return (Q, max_new_tokens) answers; `next_Q` is where the first token of each stands."""
-        rows_Q, prompts_Q = prompts.rows, prompts.prompts
-        num_rows, num_prompts = len(prompts.images), int(prompts_Q.max()) + 1
-        tokens_QT = rows_Q.new_full((len(rows_Q), self.max_new_tokens), -1)
-        going_Q = torch.ones_like(rows_Q, dtype=torch.bool)
-        owners_BJ = rows_Q.new_full((num_rows, num_prompts), _PADDING)
-        owners_BJ[rows_Q, prompts_Q] = prompts_Q
-        ids_BJ, places_BJ = torch.zeros_like(owners_BJ), torch.zeros_like(owners_BJ)
+        """Return (Q, max_new_tokens) answers; `next_Q` is where the first token of each stands.
+
+        A is the number of answers that go on; a step costs what the longest row of them does.
+        """
+        tokens_QT = next_Q.new_full((len(next_Q), self.max_new_tokens), -1)
+        going_A = torch.arange(len(next_Q), device=next_Q.device)
         for step in range(self.max_new_tokens):
-            chosen_Q = logits_QV.index_fill(1, self._never, -torch.inf).argmax(dim=1)
-            going_Q = going_Q & ~torch.isin(chosen_Q, self._ends)
-            tokens_QT[:, step] = torch.where(going_Q, chosen_Q, -1)
-            if step + 1 == self.max_new_tokens or not bool(going_Q.any()):
+            chosen_A = logits_AV.index_fill(1, self._never, -torch.inf).argmax(dim=1)
+            goes_on_A = ~torch.isin(chosen_A, self._ends)
+            going_A, chosen_A = going_A[goes_on_A], chosen_A[goes_on_A]
+            tokens_QT[going_A, step] = chosen_A
+            if step + 1 == self.max_new_tokens or len(going_A) == 0:
                 break
-            ids_BJ[rows_Q, prompts_Q] = chosen_Q
-            places_BJ[rows_Q, prompts_Q] = next_Q + step
-            hidden_BJD = row.step(ids_BJ, owners_BJ, places_BJ)
-            logits_QV = self._logits(hidden_BJD[rows_Q, prompts_Q])
+            rows_A, places_A = prompts.rows[going_A], next_Q[going_A] + step
+            # Questions go by row, so the first of each row is where its number would be put.
+            slots_A = torch.arange(len(rows_A), device=rows_A.device)
+            slots_A -= torch.searchsorted(rows_A, rows_A)
+            shape = (len(prompts.images), int(slots_A.max()) + 1)
+            cells = (rows_A, slots_A)
+            hidden_BJD = row.step(
+                chosen_A.new_zeros(shape).index_put(cells, chosen_A),
+                chosen_A.new_full(shape, _PADDING).index_put(cells, prompts.prompts[going_A]),
+                chosen_A.new_zeros(shape).index_put(cells, places_A),
+            )
+            logits_AV = self._logits(hidden_BJD[cells])
         return tokens_QT
 
 

@@ -4,11 +4,14 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from pipeline.evaluation.settings import EvaluationConfig, load_evaluation
+
+if TYPE_CHECKING:
+    from pipeline.evaluation.task import EvaluationTask
 
 logger = logging.getLogger(__name__)
 
@@ -120,9 +123,19 @@ def run_evaluation(config: EvaluationConfig) -> dict[str, Any]:
 
     task = resolve_evaluation(config)
     summary = measure(task, on_batch=progress())
-    for line in result_lines(summary, config.output):
-        typer.echo(line)
+    report(task, summary)
     return summary
+
+
+def report(task: "EvaluationTask", summary: Mapping[str, Any]) -> None:
+    """Write the pages of an evaluation and say what was found."""
+    from pipeline.evaluation.report import write_report
+
+    files = write_report(task)
+    for line in result_lines(summary):
+        typer.echo(line)
+    for file in files:
+        typer.echo(f"results: {file}")
 
 
 def encoder_values(model: str | None) -> dict[str, Any]:
@@ -145,7 +158,7 @@ def progress() -> Callable[[int], None]:
     """Return a function that logs the images measured so far, now and then."""
     started = last = time.monotonic()
 
-    def report(num_images: int) -> None:
+    def log(num_images: int) -> None:
         nonlocal last
         now = time.monotonic()
         if now - last >= _PROGRESS_S:
@@ -153,10 +166,10 @@ def progress() -> Callable[[int], None]:
             rate = num_images / (now - started)
             logger.info("%d images measured (%.2f images/s)", num_images, rate)
 
-    return report
+    return log
 
 
-def result_lines(summary: Mapping[str, Any], output: str) -> Iterator[str]:
+def result_lines(summary: Mapping[str, Any]) -> Iterator[str]:
     """Yield an evaluation in words: the best at each budget with its interval."""
     rows = [row for row in summary["variants"] if row["family"] == "all"]
     yield (
@@ -176,7 +189,6 @@ def result_lines(summary: Mapping[str, Any], output: str) -> Iterator[str]:
             f"best at {budget:.3f} of the tokens: {best['carver']}, {best['codec']}: "
             f"{estimate(best[measure])}, {best['bytes']['mean']:.0f} bytes per image"
         )
-    yield f"results: {output}"
 
 
 def estimate(value: Mapping[str, Any]) -> str:

@@ -43,6 +43,8 @@ def test_a_folder_of_images_is_evaluated_by_options_alone(tmp_path: Path, model:
     assert "3 images, 6 questions, 23 variants" in result.stdout
     assert "agreement of full tokens: 100.0% [100.0%, 100.0%]" in result.stdout
     assert "best at 0.250 of the tokens: " in result.stdout
+    assert f"results: {tmp_path / 'out' / 'results.html'}" in result.stdout
+    assert "<svg" in (tmp_path / "out" / "results.html").read_text()
     answers, _ = read_tables(tmp_path / "out")
     assert set(answers["key"].to_pylist()) == {"p0", "p1", "p2"}
     assert read_summary(tmp_path / "out")["config"]["runner"]["batch_size"] == 2
