@@ -16,7 +16,7 @@ from pipeline.cache.verify import find_damage
 from pipeline.carved_cache import open_cache
 from pipeline.config import JobConfig, load_config
 from pipeline.errors import ExitCode, PipelineError
-from pipeline.evaluation import evaluate_command, show_command
+from pipeline.evaluation import choose_command, evaluate_command, show_command
 from pipeline.job import resolve_job
 from pipeline.plan import make_plan
 from pipeline.run_report import RunReport
@@ -227,6 +227,7 @@ def _with_lines(command: Callable[..., None]) -> Callable[..., None]:
 
 
 app.command("evaluate")(_with_lines(evaluate_command.evaluate))
+app.command("choose")(_with_lines(choose_command.choose))
 app.command("show")(_with_lines(show_command.show))
 
 
