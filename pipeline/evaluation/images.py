@@ -117,7 +117,6 @@ class Batches:
     Attributes:
         rejected: samples that could not be read, by reason; complete after the iteration, and
             counted by share 0 alone.
-        num_images: with questions, seen so far in all shares.
     """
 
     source: ImageSource
@@ -126,7 +125,6 @@ class Batches:
     share: int = 0
     num_shares: int = 1
     rejected: Counter[str] = field(default_factory=Counter)
-    num_images: int = 0
 
     def __iter__(self) -> Iterator[list[AskedImage]]:
         """Yield the batches of this share."""
@@ -136,7 +134,6 @@ class Batches:
             batch = list(itertools.islice(images, self.batch_size))
             if not batch:
                 break
-            self.num_images += len(batch)
             if number % self.num_shares == self.share:
                 yield batch
         if self.share == 0:

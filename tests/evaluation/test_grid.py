@@ -9,6 +9,7 @@ from pipeline.errors import ConfigError
 from pipeline.evaluation.settings import load_evaluation, parse_evaluation
 from pipeline.evaluation.variants import Grid, build_grid, tokens_of
 from pipeline.types import SIGNALS
+from tests.conftest import ROOT
 
 PLACES = {"input": {"shards": "s.tar"}, "output": "out", "encoder": {"name": "llava"}}
 
@@ -122,3 +123,12 @@ def test_options_lie_over_nothing_and_settings_over_options() -> None:
 def test_shares_count_tokens_as_carvers_do() -> None:
     assert [tokens_of(share, 576) for share in (1 / 3, 2 / 9, 1 / 9, 1 / 18)] == [192, 128, 64, 32]
     assert tokens_of(0.001, 16) == 1
+
+
+def test_the_example_config_is_whole_and_its_grid_can_be_built() -> None:
+    config = load_evaluation(ROOT / "configs" / "evaluate.yaml")
+
+    variants = build_grid(config.evaluation, frozenset(SIGNALS)).variants
+
+    assert {v.carver for v in variants} >= {"identity", "random", "tokencarve", "visionzip"}
+    assert any(v.read < v.budget for v in variants)
