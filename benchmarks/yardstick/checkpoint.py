@@ -14,7 +14,8 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from pipeline.demo.quiz import COLORS, EDGE, GLYPHS, MAX_COUNT, PATTERNS, PLACES, SHAPES, SIDES
+from pipeline.demo.quiz import GLYPHS, MAX_COUNT, PLACES, SIDES
+from pipeline.demo.quiz_drawing import COLORS, EDGE, PATTERNS, SHAPES
 
 PATCH = 14
 WIDTH = 192

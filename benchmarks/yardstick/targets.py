@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from pipeline.demo.quiz import COLORS, EDGE, GLYPHS, PATTERNS, SHAPES, Box, Glyph, Item, Quiz
+from pipeline.demo.quiz import GLYPHS, Glyph, Item, Quiz
+from pipeline.demo.quiz_drawing import COLORS, EDGE, PATTERNS, SHAPES, Box
 
 PATCH = 14  # pixels
 SIDE = EDGE // PATCH

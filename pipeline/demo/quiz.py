@@ -12,37 +12,36 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
-EDGE = 168  # pixels; 12 x 12 patches of 14
+from pipeline.demo.quiz_drawing import (
+    COLORS,
+    EDGE,
+    PATTERNS,
+    SCALE,
+    SHAPES,
+    Box,
+    canvas,
+    draw_background,
+    draw_glyph,
+    draw_outline,
+    draw_pattern,
+    draw_specks,
+    jitter,
+    with_noise,
+)
+
 FAMILIES = ("read", "attribute", "count", "relation", "page")
 GLYPHS = "ABCDEFGHJKLMNPRTUVXYZ23456789"  # none that another looks like (0 O Q, 1 I, 5 S, W)
-COLORS = {
-    "red": (205, 40, 40),
-    "orange": (240, 140, 30),
-    "yellow": (240, 220, 60),
-    "green": (50, 150, 70),
-    "blue": (45, 85, 200),
-    "purple": (140, 60, 170),
-    "white": (240, 240, 240),
-    "black": (30, 30, 34),
-}
-SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond", "ring")
-PATTERNS = ("plain", "striped", "dotted")
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 SIDES = ("left", "right", "above", "below")
 MAX_COUNT = 4
 
-_SCALE = 2  # everything is drawn so much larger, then averaged down
 _LETTERS, _DIGITS = GLYPHS[:21], GLYPHS[21:]
 _CLEARLY_FARTHER = 1.4  # of one direction than of the other, for a relation to be asked
 _MIN_COLOR_DISTANCE = 140  # of a shape to what is behind it, so that it can be seen
-
-Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
-Color = tuple[int, int, int]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,14 +107,14 @@ def draw_quiz(rng: random.Random, photos: Sequence[Image.Image] = ()) -> Quiz:
 
 def draw_scene(rng: random.Random, photos: Sequence[Image.Image] = ()) -> Quiz:
     """Draw two plates with text, and five to eight shapes, over clutter."""
-    image = _background(rng, photos)
+    image = draw_background(rng, photos)
     items: list[Item] = []
     for color in rng.sample(sorted(COLORS), 2):
         _add_plate(image, rng, items, color)
     for shape in _choose_shapes(rng):
         _add_shape(image, rng, items, shape)
     return Quiz(
-        image=_with_noise(image, rng),
+        image=with_noise(image, rng),
         items=tuple(items),
         lines=(),
         questions=tuple(_scene_questions(items)),
@@ -126,8 +125,8 @@ def draw_page(rng: random.Random) -> Quiz:
     """Draw five or six lines, each a letter and a number, between words that do not matter."""
     paper = tuple(rng.randint(205, 252) for _ in range(3))
     image = Image.new("RGB", (EDGE, EDGE), paper)
-    _draw_specks(image, rng, 60, spread=14)
-    layer, mask = _canvas()
+    draw_specks(image, rng, 60, spread=14)
+    layer, mask = canvas()
     draw, ink = ImageDraw.Draw(mask), tuple(rng.randint(10, 70) for _ in range(3))
     keys = rng.sample(_LETTERS, rng.choice((5, 6)))
     pitch = rng.uniform(23, 26)
@@ -136,7 +135,7 @@ def draw_page(rng: random.Random) -> Quiz:
     for number, key in enumerate(keys):
         lines.append(_draw_line(draw, rng, key, top + number * pitch))
     layer.paste(ink, (0, 0, *layer.size))
-    image.paste(layer.reduce(_SCALE), (0, 0), mask.reduce(_SCALE))
+    image.paste(layer.reduce(SCALE), (0, 0), mask.reduce(SCALE))
     questions = tuple(
         Question(
             family="page",
@@ -145,7 +144,7 @@ def draw_page(rng: random.Random) -> Quiz:
         )
         for line in lines
     )
-    return Quiz(image=_with_noise(image, rng), items=(), lines=tuple(lines), questions=questions)
+    return Quiz(image=with_noise(image, rng), items=(), lines=tuple(lines), questions=questions)
 
 
 def _choose_shapes(rng: random.Random) -> list[str]:
@@ -197,57 +196,6 @@ def _side(center: tuple[float, float], seen_from: tuple[float, float]) -> str | 
     return None
 
 
-def _background(rng: random.Random, photos: Sequence[Image.Image]) -> Image.Image:
-    if photos and rng.random() < 0.5:
-        image = _photo_crop(rng, rng.choice(photos))
-    else:
-        corners = [[rng.randint(40, 215) for _ in range(3)] for _ in range(4)]
-        small = Image.fromarray(np.array(corners, dtype=np.uint8).reshape(2, 2, 3))
-        image = small.resize((EDGE, EDGE), Image.Resampling.BICUBIC)
-    draw = ImageDraw.Draw(image)
-    for _ in range(rng.randint(6, 14)):
-        x, y = rng.uniform(-20, EDGE), rng.uniform(-20, EDGE)
-        color = tuple(rng.randint(50, 205) for _ in range(3))
-        if rng.random() < 0.5:
-            end = (x + rng.uniform(-70, 70), y + rng.uniform(-70, 70))
-            draw.line((x, y, *end), fill=color, width=rng.randint(1, 2))
-        else:
-            draw.arc((x, y, x + rng.uniform(8, 60), y + rng.uniform(8, 60)), 0, 300, fill=color)
-    _draw_specks(image, rng, 120, spread=40)
-    return image
-
-
-def _photo_crop(rng: random.Random, photo: Image.Image) -> Image.Image:
-    """Return a part of a photograph with less contrast, so that shapes stand out."""
-    edge = min(photo.size) * rng.uniform(0.3, 1)
-    left, top = rng.uniform(0, photo.width - edge), rng.uniform(0, photo.height - edge)
-    crop = photo.resize((EDGE, EDGE), box=(left, top, left + edge, top + edge))
-    return Image.blend(Image.new("RGB", crop.size, (128, 128, 128)), crop, rng.uniform(0.4, 0.7))
-
-
-def _draw_specks(image: Image.Image, rng: random.Random, number: int, *, spread: int) -> None:
-    draw = ImageDraw.Draw(image)
-    for _ in range(number):
-        x, y = rng.randrange(EDGE), rng.randrange(EDGE)
-        near = image.getpixel((x, y))
-        if not isinstance(near, tuple):
-            raise TypeError(f"a pixel of a picture of mode {image.mode}, expected RGB")
-        color = tuple(min(255, max(0, value + rng.randint(-spread, spread))) for value in near)
-        draw.rectangle((x, y, x + rng.randint(0, 2), y + rng.randint(0, 2)), fill=color)
-
-
-def _with_noise(image: Image.Image, rng: random.Random) -> Image.Image:
-    noise = np.random.default_rng(rng.getrandbits(32)).normal(0, 4, (EDGE, EDGE, 1))
-    pixels = np.asarray(image, dtype=np.float32) + noise
-    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
-
-
-def _canvas() -> tuple[Image.Image, Image.Image]:
-    """Return a picture to draw on, and its mask, both `_SCALE` times as large."""
-    size = (EDGE * _SCALE, EDGE * _SCALE)
-    return Image.new("RGB", size), Image.new("L", size)
-
-
 def _free_box(rng: random.Random, items: Sequence[Item], width: float, height: float) -> Box | None:
     """Return a box that touches no item, or None where no room was found."""
     for _ in range(60):
@@ -273,20 +221,20 @@ def _add_plate(image: Image.Image, rng: random.Random, items: list[Item], color:
     box = _free_box(rng, items, 3 * pitch + 8, size * 1.35)
     if box is None:
         return
-    paint = _jitter(rng, COLORS[color])
+    paint = jitter(rng, COLORS[color])
     is_light = 0.3 * paint[0] + 0.59 * paint[1] + 0.11 * paint[2] > 115
     ink = (15, 15, 20) if is_light else (245, 245, 245)
     draw = ImageDraw.Draw(image)
     draw.rectangle(box, fill=paint, outline=ink if rng.random() < 0.5 else None)
-    layer, mask = _canvas()
+    layer, mask = canvas()
     middle = (box[1] + box[3]) / 2
     glyphs = []
     for index, char in enumerate(rng.choices(GLYPHS, k=3)):
         center = (box[0] + 4 + pitch * (index + 0.5), middle)
-        _draw_glyph(ImageDraw.Draw(mask), char, center, size)
+        draw_glyph(ImageDraw.Draw(mask), char, center, size)
         glyphs.append(Glyph(char=char, center=center, index=index))
     layer.paste(ink, (0, 0, *layer.size))
-    image.paste(layer.reduce(_SCALE), (0, 0), mask.reduce(_SCALE))
+    image.paste(layer.reduce(SCALE), (0, 0), mask.reduce(SCALE))
     items.append(Item(kind="plate", color=color, pattern="", box=box, glyphs=tuple(glyphs)))
 
 
@@ -301,30 +249,16 @@ def _draw_line(
     x += rng.uniform(16, 26)
     for _ in range(rng.randint(2, 4)):  # a word that only looks like one
         wide = rng.uniform(4, 9)
-        draw.line([p * _SCALE for p in (x, y + 2, x + wide, y + 2)], fill=150, width=_SCALE)
-        draw.line([p * _SCALE for p in (x, y - 2, x + wide - 2, y - 2)], fill=110, width=_SCALE)
+        draw.line([p * SCALE for p in (x, y + 2, x + wide, y + 2)], fill=150, width=SCALE)
+        draw.line([p * SCALE for p in (x, y - 2, x + wide - 2, y - 2)], fill=110, width=SCALE)
         x += wide + 3
     x += rng.uniform(10, EDGE - x - 28)
     for index, char in enumerate(rng.choices(_DIGITS, k=2)):
         center = (x + index * size * 0.68, y)
         glyphs.append(Glyph(char=char, center=center, index=index, line=key))
     for glyph in glyphs:
-        _draw_glyph(draw, glyph.char, glyph.center, size)
+        draw_glyph(draw, glyph.char, glyph.center, size)
     return tuple(glyphs)
-
-
-@cache
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size=size)
-
-
-def _draw_glyph(
-    draw: ImageDraw.ImageDraw, char: str, center: tuple[float, float], size: float
-) -> None:
-    """Draw on a mask of `_SCALE` times the size; thickened, or small text would be faint."""
-    place = (center[0] * _SCALE, center[1] * _SCALE)
-    font = _font(round(size * _SCALE))
-    draw.text(place, char, font=font, fill=255, anchor="mm", stroke_width=0.5)
 
 
 def _add_shape(image: Image.Image, rng: random.Random, items: list[Item], shape: str) -> None:
@@ -332,77 +266,23 @@ def _add_shape(image: Image.Image, rng: random.Random, items: list[Item], shape:
     box = _free_box(rng, items, edge, edge)
     if box is None:
         return
-    behind = np.asarray(image.crop(tuple(round(b) for b in box))).reshape(-1, 3).mean(0)
+    left, top, right, bottom = box
+    around = (round(left), round(top), round(right), round(bottom))
+    behind = np.asarray(image.crop(around)).reshape(-1, 3).mean(0)
     visible = [
         name
         for name, paint in sorted(COLORS.items())
         if np.abs(behind - paint).sum() > _MIN_COLOR_DISTANCE
     ]
     color, pattern = rng.choice(visible), rng.choice(PATTERNS)
-    paint = _jitter(rng, COLORS[color])
-    layer, mask = _canvas()
-    _draw_outline(ImageDraw.Draw(mask), shape, box)
+    paint = jitter(rng, COLORS[color])
+    layer, mask = canvas()
+    draw_outline(ImageDraw.Draw(mask), shape, box)
     layer.paste(paint, (0, 0, *layer.size))
     if pattern != "plain":
-        _draw_pattern(ImageDraw.Draw(layer), pattern, box, paint)
-    region = tuple(math.floor(b) - 1 + 2 * (i > 1) for i, b in enumerate(box))
-    large = tuple(b * _SCALE for b in region)
-    image.paste(layer.crop(large).reduce(_SCALE), region[:2], mask.crop(large).reduce(_SCALE))
+        draw_pattern(ImageDraw.Draw(layer), pattern, box, paint)
+    x, y = math.floor(left) - 1, math.floor(top) - 1
+    beyond = (math.floor(right) + 1, math.floor(bottom) + 1)
+    large = (x * SCALE, y * SCALE, beyond[0] * SCALE, beyond[1] * SCALE)
+    image.paste(layer.crop(large).reduce(SCALE), (x, y), mask.crop(large).reduce(SCALE))
     items.append(Item(kind=shape, color=color, pattern=pattern, box=box))
-
-
-def _draw_outline(draw: ImageDraw.ImageDraw, shape: str, box: Box) -> None:
-    left, top, right, bottom = (b * _SCALE for b in box)
-    x, y, half = (left + right) / 2, (top + bottom) / 2, (right - left) / 2
-    if shape == "circle":
-        draw.ellipse((left, top, right, bottom), fill=255)
-    elif shape == "square":
-        inset = half * 0.14
-        draw.rectangle((left + inset, top + inset, right - inset, bottom - inset), fill=255)
-    elif shape == "ring":
-        draw.ellipse((left, top, right, bottom), fill=255)
-        hole = half * 0.45
-        draw.ellipse((x - hole, y - hole, x + hole, y + hole), fill=0)
-    elif shape == "cross":
-        arm = half * 0.36
-        draw.rectangle((left, y - arm, right, y + arm), fill=255)
-        draw.rectangle((x - arm, top, x + arm, bottom), fill=255)
-    else:
-        draw.polygon(_corners(shape, (x, y), half), fill=255)
-
-
-def _corners(shape: str, center: tuple[float, float], radius: float) -> list[tuple[float, float]]:
-    if shape == "triangle":
-        places = [(0, -1.0), (1, 0.9), (-1, 0.9)]
-    elif shape == "diamond":
-        places = [(0, -1.0), (0.75, 0), (0, 1), (-0.75, 0)]
-    elif shape == "star":
-        turns = [(math.pi * i / 5, 1 if i % 2 == 0 else 0.42) for i in range(10)]
-        places = [(math.sin(turn) * far, -math.cos(turn) * far) for turn, far in turns]
-    else:
-        raise ValueError(f"no shape {shape!r}; known: {', '.join(SHAPES)}")
-    return [(center[0] + x * radius, center[1] + y * radius) for x, y in places]
-
-
-def _draw_pattern(draw: ImageDraw.ImageDraw, pattern: str, box: Box, paint: Color) -> None:
-    """Draw stripes or dots in a shade far from the paint."""
-    shade = tuple(value // 3 if sum(paint) > 300 else (value + 2 * 255) // 3 for value in paint)
-    left, top, right, bottom = (b * _SCALE for b in box)
-    if pattern == "striped":
-        y = top
-        while y < bottom:
-            draw.line((left, y, right, y), fill=shade, width=round(2.2 * _SCALE))
-            y += 6 * _SCALE
-        return
-    y, radius = top + 2 * _SCALE, 1.5 * _SCALE
-    while y < bottom:
-        x = left + 2 * _SCALE
-        while x < right:
-            draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=shade)
-            x += 6 * _SCALE
-        y += 6 * _SCALE
-
-
-def _jitter(rng: random.Random, color: Color) -> Color:
-    red, green, blue = (min(255, max(0, value + rng.randint(-12, 12))) for value in color)
-    return red, green, blue
