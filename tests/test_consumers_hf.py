@@ -14,6 +14,7 @@ from transformers import (
     LlavaNextForConditionalGeneration,
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
+    PixtralVisionConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     SiglipVisionConfig,
@@ -320,6 +321,72 @@ def test_a_model_that_places_images_otherwise_is_refused(tokenizer):
 
     with pytest.raises(ConfigError, match="'llama' cannot take cached tokens yet; known: llava"):
         prepare(model, tokenizer, ["is <image>"], [random_features(2)])
+
+
+@pytest.mark.parametrize("name", ["llava_next", "llava_onevision"])
+def test_unprojected_features_of_models_that_arrange_their_tokens_are_refused(
+    name, tokenizer, request
+):
+    model = request.getfixturevalue(name)
+
+    with pytest.raises(ConfigError, match=rf"'{name}' arrange .* with stage 'projected'"):
+        prepare(model, tokenizer, ["is <image>"], [random_features(2, 32)], stage="pre_projector")
+
+
+def test_a_model_whose_prompts_mark_the_rows_of_an_image_is_refused(tokenizer):
+    vision = PixtralVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
+    )
+    config = LlavaConfig(
+        vision_config=vision, text_config=LlamaConfig(**text_options()), image_token_id=IMAGE
+    )
+
+    with pytest.raises(ConfigError, match="tower of type 'pixtral'"):
+        prepare(
+            build(LlavaForConditionalGeneration, config),
+            tokenizer,
+            ["is <image>"],
+            [random_features(2)],
+        )
+
+
+def test_codes_that_were_not_unpacked_are_refused(llava, tokenizer):
+    codes = torch.ones(2, 48, dtype=torch.int8)
+
+    with pytest.raises(ValueError, match=r"image 0 are torch\.int8, expected floating point"):
+        prepare(llava, tokenizer, ["is <image>"], [codes])
+
+
+def test_a_projector_with_integer_weights_is_given_floats(llava, tokenizer, monkeypatch):
+    """As a quantised layer takes them: floats in and out, whatever its weights are stored as."""
+    linear = llava.base_model.multi_modal_projector.linear_1
+    features = random_features(3, 32)
+    wanted = prepare(llava, tokenizer, ["is <image>"], [features], stage="pre_projector")
+    quantised = IntegerLinear(linear)
+    monkeypatch.setattr(llava.base_model.multi_modal_projector, "linear_1", quantised)
+
+    inputs = prepare(llava, tokenizer, ["is <image>"], [features], stage="pre_projector")
+
+    (found,) = inputs["mm_encoder_outputs"]["image"].pooler_output
+    (exact,) = wanted["mm_encoder_outputs"]["image"].pooler_output
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, exact, atol=0.02, rtol=0.05)
+
+
+class IntegerLinear(torch.nn.Module):
+    """A linear layer whose weight is stored in 8 bits with one scale."""
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        self.scale = linear.weight.detach().abs().max() / 127
+        codes = (linear.weight.detach() / self.scale).round().to(torch.int8)
+        self.weight = torch.nn.Parameter(codes, requires_grad=False)
+        self.bias = linear.bias
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        assert features.is_floating_point()
+        weight = self.weight.to(features.dtype) * self.scale
+        return torch.nn.functional.linear(features, weight, self.bias)
 
 
 def test_a_tokenizer_without_a_pad_falls_back_to_its_end_token(llava, tokenizer):

@@ -20,6 +20,9 @@ MODEL_TYPES = frozenset({"llava", "llava_next", "llava_onevision"})
 """`config.model_type` of the models served. Others place image tokens on a grid (Qwen-VL) or take
 their features in another form (InternVL, Gemma)."""
 
+PROJECTED_HERE = frozenset({"llava"})
+"""Those whose `pre_projector` features can be used: the others cut and pad after projecting."""
+
 STAGES = ("projected", "pre_projector")
 """Stages of stored features: as the language model takes them, or as the tower gives them."""
 
@@ -88,6 +91,17 @@ def _check_model(model: Any, stage: str) -> None:  # noqa: ANN401
     if kind not in MODEL_TYPES:
         known = ", ".join(sorted(MODEL_TYPES))
         raise ConfigError(f"models of type {kind!r} cannot take cached tokens yet; known: {known}")
+    tower = model.config.vision_config.model_type
+    if tower == "pixtral":
+        raise ConfigError(
+            "models with a tower of type 'pixtral' cannot take cached tokens yet: their prompts "
+            "hold a token at the end of every row of the image"
+        )
+    if stage == "pre_projector" and kind not in PROJECTED_HERE:
+        raise ConfigError(
+            f"models of type {kind!r} arrange their tokens after projecting them, so features of "
+            "stage 'pre_projector' cannot be used; store them with stage 'projected'"
+        )
 
 
 def _rows(image: Tensor | HasFeatures, index: int) -> Tensor:
@@ -96,6 +110,11 @@ def _rows(image: Tensor | HasFeatures, index: int) -> Tensor:
         raise ValueError(
             f"features of image {index} have the shape {tuple(rows_KD.shape)}, expected (K, D) "
             "with K at least 1"
+        )
+    if not rows_KD.is_floating_point():
+        raise ValueError(
+            f"features of image {index} are {rows_KD.dtype}, expected floating point numbers: "
+            "unpack them first"
         )
     return rows_KD
 
@@ -154,10 +173,17 @@ def _features(model: Any, rows: Sequence[Tensor], stage: str) -> list[Tensor]:  
         _check_width(rows, width, remedy)
         return [image.to(model.device) for image in rows]
     projector: nn.Module = model.base_model.multi_modal_projector
-    weight: Tensor = projector.get_parameter("linear_1.weight")
-    _check_width(rows, weight.shape[1], "stored after the projector? then pass stage='projected'")
-    joined = torch.cat([image.to(weight.device, weight.dtype) for image in rows])
+    _check_width(rows, _tower_width(model), "stored after the projector? then stage='projected'")
+    # Not the weights' own dtype: those of a quantised model are integers.
+    joined = torch.cat([image.to(model.device, model.dtype) for image in rows])
     return list(torch.split(projector(joined), [len(image) for image in rows]))
+
+
+def _tower_width(model: Any) -> int:  # noqa: ANN401
+    """Return how wide the tower's features are: it may give those of several layers."""
+    layers = model.config.vision_feature_layer
+    num_layers = 1 if isinstance(layers, int) else len(layers)
+    return int(model.config.vision_config.hidden_size * num_layers)
 
 
 def _check_width(rows: Sequence[Tensor], width: int, remedy: str) -> None:
