@@ -65,16 +65,19 @@ class ColumnQuestions:
     column: str
 
     def of(self, sample: Sample) -> Sequence[Question]:
-        """Return the questions on one image; none where the member is absent; see `Questions`."""
+        """Return the questions on one image; none where member or field are absent."""
         raw = sample.columns.get(self.column)
         if raw is None:
             return ()
         where = f"{sample.key}: member .{self.column}"
         try:
             content = json.loads(raw)
-            if not isinstance(content, dict) or not isinstance(content.get("questions"), list):
-                raise ConfigError(f"{where}: has no list `questions`")
-            return [_question(row, where) for row in content["questions"]]
+            if not isinstance(content, dict):
+                raise ConfigError(f"{where}: holds {type(content).__name__}, expected an object")
+            rows = content.get("questions", [])
+            if not isinstance(rows, list):
+                raise ConfigError(f"{where}: questions is {rows!r}, expected a list")
+            return [_question(row, where) for row in rows]
         except (ValueError, RecursionError) as err:
             message = str(err) if isinstance(err, ConfigError) else f"{where}: not JSON: {err}"
             raise SampleError(message, key=sample.key, reason="bad_questions") from err

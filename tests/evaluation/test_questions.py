@@ -66,7 +66,15 @@ def test_a_column_lists_questions_and_a_sample_without_it_has_none() -> None:
     assert len(questions.of(sample())) == 0
 
 
-@pytest.mark.parametrize("content", [b"{", b"{}", b'{"questions": [{}]}', b"\xff", b"3"])
+def test_an_object_without_questions_has_none() -> None:
+    questions = ColumnQuestions(column="json")
+
+    assert len(questions.of(sample(json=b'{"caption": "a cat"}'))) == 0
+
+
+@pytest.mark.parametrize(
+    "content", [b"{", b'{"questions": 3}', b'{"questions": [{}]}', b"\xff", b"3"]
+)
 def test_a_damaged_column_costs_its_sample(content: bytes) -> None:
     with pytest.raises(SampleError) as caught:
         ColumnQuestions(column="json").of(sample("k", json=content))
