@@ -35,8 +35,18 @@ HEADS: Mapping[str, int] = {
 CONTENTS = len(GLYPHS) + 2 * len(COLORS) + len(SHAPES)
 """What the class token learns to say of an image: which of these are in it."""
 
+WORDS: Mapping[str, tuple[str, ...]] = {
+    "left_glyph": tuple(GLYPHS),
+    "right_glyph": tuple(GLYPHS),
+    "line": tuple(GLYPHS),
+    "color": tuple(COLORS),
+    "kind": ("plate", *SHAPES),
+    "pattern": PATTERNS,
+}
+"""The word for each class of a head, from class 1 on; the other heads have none."""
+
 _COLOR_NAMES = tuple(COLORS)
-_KINDS = ("plate", *SHAPES)
+_KINDS = WORDS["kind"]
 
 
 def patch_targets(quiz: Quiz) -> np.ndarray:
@@ -65,6 +75,22 @@ def image_targets(quiz: Quiz) -> np.ndarray:
         found[_place_of(item)] = True
         if item.kind != "plate":
             found[len(GLYPHS) + 2 * len(COLORS) + SHAPES.index(item.kind)] = True
+    return found
+
+
+def patch_words(patches_BPH: np.ndarray, vocabulary: Mapping[str, int]) -> np.ndarray:
+    """Return which words are true of each patch, (B, P, V) bool, for (B, P, H) targets."""
+    found = np.zeros((*patches_BPH.shape[:2], len(vocabulary)), dtype=bool)
+    for place, name in enumerate(HEADS):
+        if name not in WORDS:
+            continue
+        ids = np.array([0, *(vocabulary[word] for word in WORDS[name])])
+        np.put_along_axis(found, ids[patches_BPH[..., place]][..., None], True, axis=2)
+    for name, (first, second) in (("row", ("top", "bottom")), ("column", ("left", "right"))):
+        half = patches_BPH[..., list(HEADS).index(name)] < SIDE // 2
+        found[..., vocabulary[first]] = half
+        found[..., vocabulary[second]] = ~half
+    found[..., 0] = False  # the padding token took the patches without a word
     return found
 
 
