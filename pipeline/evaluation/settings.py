@@ -25,6 +25,18 @@ GENERIC_PROMPTS = (
 """Asked of every image where nothing else is given; answers are compared, not judged."""
 
 
+def parse_share(text: str) -> float:
+    """Return the share that `2/9` or `0.2` names.
+
+    Raises:
+        ConfigError: it is neither a fraction nor a number.
+    """
+    share = _share(text)
+    if not isinstance(share, float):
+        raise ConfigError(f"{text!r} is no share: expected a fraction such as 2/9, or a number")
+    return share
+
+
 def _share(value: object) -> object:
     """Take `1/3` for a share, beside numbers; leave everything else for pydantic to refuse."""
     if isinstance(value, str):

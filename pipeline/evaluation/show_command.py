@@ -7,6 +7,7 @@ import typer
 
 from pipeline.config import load_config
 from pipeline.errors import ConfigError
+from pipeline.evaluation.settings import parse_share
 from pipeline.evaluation.show import Fit, show_images, show_row
 from pipeline.evaluation.shown import ShownImage, check_output, write_shown
 
@@ -27,7 +28,8 @@ def show(  # noqa: PLR0913  (one argument a flag)
         str, typer.Option("--carvers", help="Names, with commas; the config's own if not given.")
     ] = "",
     keep: Annotated[
-        float | None, typer.Option("--keep", help="Share of the tokens, in place of the budget.")
+        str | None,
+        typer.Option("--keep", help="Share of the tokens, such as 2/9, in place of the budget."),
     ] = None,
     image: Annotated[
         list[str] | None,
@@ -40,10 +42,11 @@ def show(  # noqa: PLR0913  (one argument a flag)
 ) -> None:
     """Draw which tokens were kept, merged and dropped, for one or more carvers side by side."""
     check_output(output)
+    share = None if keep is None else parse_share(keep)
     shown = (
-        _stored(items, names, image or [], keep, fit)
+        _stored(items, names, image or [], share, fit)
         if config is None
-        else _encoded(items, config, names, image or [], keep)
+        else _encoded(items, config, names, image or [], share)
     )
     write_shown(shown, output)
     typer.echo(f"{len(shown)} images drawn: {output}")

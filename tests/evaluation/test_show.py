@@ -299,7 +299,7 @@ def test_a_page_escapes_what_it_is_given_and_needs_no_other_file() -> None:
 
 
 def test_the_command_writes_a_page_and_a_picture(place: Path, tmp_path: Path) -> None:
-    given = ("--config", place / "run.yaml", "--carvers", "tokencarve,random", "--keep", "0.25")
+    given = ("--config", place / "run.yaml", "--carvers", "tokencarve,random", "--keep", "1/4")
     page = carve_show(*files(place, 0, 1), *given, "--output", tmp_path / "show.html")
     sheet = carve_show(*files(place, 0, 1), *given, "--output", tmp_path / "show.png")
 
@@ -354,6 +354,7 @@ def test_the_command_draws_a_stored_row(place: Path, tmp_path: Path) -> None:
         (("a.jpg", "--output", "x.png"), "give --config and images, or a cache's URL"),
         (("u", "k", "--carvers", "tome", "--output", "x.png"), "--carvers goes with --config"),
         (("a.jpg", "--config", "c.yaml", "--image", "b", "--output", "x.png"), "--image goes with"),
+        (("a.jpg", "--keep", "half", "--output", "x.png"), "'half' is no share: expected"),
         (("a.jpg", "--config", "none.yaml", "--output", "x.png"), "cannot read config none.yaml"),
     ],
 )
