@@ -59,11 +59,12 @@ Codes = NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Sums:
-    """Sums and counts of each metric, image by image."""
+class Sums:
+    """Sums and counts of each metric, image by image. Made by `sum_up` and `join`."""
 
+    keys: Sequence[str]  # of the images, in the order of the input
     variants: Sequence[Mapping[str, Any]]
-    families: Sequence[str]
+    families: Sequence[str]  # sorted
     answers: Mapping[str, tuple[Floats, Floats]]  # (V, F, I) sums and counts
     images: Mapping[str, tuple[Floats, Floats]]  # (V, I) likewise
 
@@ -77,12 +78,20 @@ def summarize(answers: pa.Table, images: pa.Table, *, resamples: int, seed: int)
         resamples: of the bootstrap over images.
         seed: of the bootstrap.
     """
-    sums = _sum_up(answers, images)
-    num_images = next(iter(sums.images.values()))[0].shape[1]
+    return describe(sum_up(answers, images), resamples=resamples, seed=seed)
+
+
+def describe(sums: Sums, *, resamples: int, seed: int) -> dict[str, Any]:
+    """Return the means of what was summed up, with their intervals; arguments as for `summarize`.
+
+    The same images, resamples and seed give the same resamples: results of several calls are
+    paired.
+    """
+    num_images = len(sums.keys)
     bootstrap = Bootstrap(num_images=num_images, resamples=resamples, seed=seed)
     return {
         "images": num_images,
-        "questions": len(answers) // max(1, len(sums.variants)),
+        "questions": int(sums.answers["agreement"][1][0].sum()),
         "families": list(sums.families),
         "variants": list(_rows(sums, bootstrap)),
         "information": {
@@ -92,7 +101,43 @@ def summarize(answers: pa.Table, images: pa.Table, *, resamples: int, seed: int)
     }
 
 
-def _sum_up(answers: pa.Table, images: pa.Table) -> _Sums:
+def join(parts: Sequence[Sums]) -> Sums:
+    """Return the variants of several evaluations of the same questions, in order, each once.
+
+    Raises:
+        ValueError: they are not of the same images and families.
+    """
+    first = parts[0]
+    for part in parts[1:]:
+        if (list(part.keys), list(part.families)) != (list(first.keys), list(first.families)):
+            raise ValueError("evaluations of different images or families cannot be joined")
+    chosen: dict[tuple[Any, ...], tuple[Mapping[str, Any], Sums, int]] = {}
+    for part in parts:
+        for v, variant in enumerate(part.variants):
+            chosen.setdefault(tuple(variant.values()), (variant, part, v))
+    rows = list(chosen.values())
+
+    def stacked(kind: str) -> dict[str, tuple[Floats, Floats]]:
+        cells = [(getattr(part, kind), v) for _, part, v in rows]
+        return {
+            name: (
+                np.stack([metrics[name][0][v] for metrics, v in cells]),
+                np.stack([metrics[name][1][v] for metrics, v in cells]),
+            )
+            for name in getattr(first, kind)
+        }
+
+    return Sums(
+        keys=first.keys,
+        variants=[variant for variant, _, _ in rows],
+        families=first.families,
+        answers=stacked("answers"),
+        images=stacked("images"),
+    )
+
+
+def sum_up(answers: pa.Table, images: pa.Table) -> Sums:
+    """Return sums and counts of each metric by variant, family and image; as for `summarize`."""
     variant_of_image, names = _variant_codes(images)
     variant_of_answer, names_of_answers = _variant_codes(answers)
     number = {tuple(name.values()): code for code, name in enumerate(names)}
@@ -107,7 +152,8 @@ def _sum_up(answers: pa.Table, images: pa.Table) -> _Sums:
     shape = (len(names), len(families), len(keys))
     cell = (variant_of_answer * shape[1] + family) * shape[2] + image_of_answer
     image_cell = variant_of_image * shape[2] + image_of_image
-    return _Sums(
+    return Sums(
+        keys=keys.to_pylist(),
         variants=names,
         families=families,
         answers={
@@ -168,7 +214,7 @@ def _cells(values: Floats, cell: Codes, shape: tuple[int, ...]) -> tuple[Floats,
     return sums.reshape(shape), counts.reshape(shape)
 
 
-def _rows(sums: _Sums, bootstrap: Bootstrap) -> Iterator[dict[str, Any]]:
+def _rows(sums: Sums, bootstrap: Bootstrap) -> Iterator[dict[str, Any]]:
     for v, variant in enumerate(sums.variants):
         sums_IFC, counts_IFC = _of_variant(sums, v)
         whole = _answer_row(sums_IFC.sum(axis=1), counts_IFC.sum(axis=1), bootstrap)
@@ -182,7 +228,7 @@ def _rows(sums: _Sums, bootstrap: Bootstrap) -> Iterator[dict[str, Any]]:
             yield {**variant, "family": family, **row}
 
 
-def _of_variant(sums: _Sums, v: int) -> tuple[Floats, Floats]:
+def _of_variant(sums: Sums, v: int) -> tuple[Floats, Floats]:
     """Return (I, F, C) sums and counts of what the answers of one variant say."""
     values = [sums.answers[name] for name in _ANSWER_METRICS]
     return (
@@ -200,7 +246,7 @@ def _counts(counts_IC: Floats) -> dict[str, int]:
     return {"images": int((counts_IC[:, 0] > 0).sum()), "questions": int(counts_IC[:, 0].sum())}
 
 
-def _image_measures(sums: _Sums, v: int, bootstrap: Bootstrap) -> dict[str, Any]:
+def _image_measures(sums: Sums, v: int, bootstrap: Bootstrap) -> dict[str, Any]:
     names = (*_IMAGE_METRICS, "effective_rank_share")
     values = [(sums.images[name][0][v], sums.images[name][1][v]) for name in names]
     # A ratio of sums: what a corpus takes as tokens, per byte that it takes as images.
@@ -215,7 +261,7 @@ def _measures(names: Sequence[str], found: Sequence[Interval]) -> dict[str, Any]
     return {name: asdict(value) for name, value in pairs if np.isfinite(value.mean)}
 
 
-def _losses(sums: _Sums) -> dict[str, tuple[Floats, Floats]]:
+def _losses(sums: Sums) -> dict[str, tuple[Floats, Floats]]:
     """Return (V, I) sums and counts of what is lost; more is worse."""
     of = {name: (s.sum(axis=1), c.sum(axis=1)) for name, (s, c) in sums.answers.items()}
     agreed, asked = of["agreement"]
@@ -231,7 +277,7 @@ def _means(sums: Floats, counts: Floats) -> Floats:
     return np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)
 
 
-def _within(sums: _Sums, bootstrap: Bootstrap) -> Iterator[dict[str, Any]]:
+def _within(sums: Sums, bootstrap: Bootstrap) -> Iterator[dict[str, Any]]:
     """Yield for each variant how information kept and loss go together from image to image."""
     losses = _losses(sums)
     for v, variant in enumerate(sums.variants):
@@ -244,7 +290,7 @@ def _within(sums: _Sums, bootstrap: Bootstrap) -> Iterator[dict[str, Any]]:
                     yield {**variant, "information": information, "loss": loss, **_named(found)}
 
 
-def _across(sums: _Sums, bootstrap: Bootstrap) -> Iterator[dict[str, Any]]:
+def _across(sums: Sums, bootstrap: Bootstrap) -> Iterator[dict[str, Any]]:
     """Yield how mean information kept and mean loss go together from variant to variant."""
     losses = _losses(sums)
     for information in _INFORMATION:

@@ -8,10 +8,11 @@ from pipeline.evaluation.tables import Table, result_tables
 
 def render_markdown(means: Means) -> str:
     """Return all tables, each under its title, ready to be pasted into a page."""
-    return "\n\n".join(_table(table) for table in result_tables(means)) + "\n"
+    return "\n\n".join(render_table(table) for table in result_tables(means)) + "\n"
 
 
-def _table(table: Table) -> str:
+def render_table(table: Table) -> str:
+    """Return one table under its title and note."""
     lines = [_row(table.head), "|---|" + "---:|" * (len(table.head) - 1)]
     lines += [_row(row) for row in table.rows]
     return "\n".join([f"### {table.title}", "", table.note, "", *lines])
