@@ -58,6 +58,16 @@ def test_all_families_are_asked_with_answers_of_their_kind() -> None:
             assert len(question.answer.split()) == {"read": 3, "page": 2}[question.family]
 
 
+def test_no_count_is_a_good_guess() -> None:
+    counts = [q.answer for quiz in scenes() for q in quiz.questions if q.family == "count"]
+
+    assert max(Counter(counts).values()) < 0.6 * len(counts)
+    assert all(
+        sum(q.family == "count" and q.answer == "1" for q in quiz.questions) <= 1
+        for quiz in scenes()
+    )
+
+
 def test_answers_follow_from_where_the_items_stand() -> None:
     for quiz in scenes():
         kinds = Counter(item.kind for item in quiz.items)

@@ -12,7 +12,7 @@ P image tokens, T text tokens.
 import json
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 import torch
 from checkpoint import BOS, EOS, PAD
+from targets import HEADS, patch_words
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
-from tower import Plan, choose, load_state, make_optimizer, save_state
+from tower import Plan, choose, load_state, make_optimizer, patch_loss, save_state
 
 from pipeline import open_cache
 from pipeline.dataset import CarvedDataset
@@ -30,6 +31,7 @@ from pipeline.demo.quiz import FAMILIES
 
 _PER_FAMILY = {"read": 4, "attribute": 3, "count": 3, "relation": 3, "page": 6}
 _MAX_ONES = 1  # answers "1" to "how many": or that would be the right guess four times of five
+_WORDS_TO_REST = 10.0  # weight of the words' loss, a mean over the vocabulary
 _WORD_WEIGHT = 5.0  # of a word that is true of a patch: few are
 _IGNORED = -100
 _GRADIENT_NORM = 1.0
@@ -55,38 +57,46 @@ class Lessons:
 def align_projector(
     model: Any,  # noqa: ANN401
     features_MPD: Tensor,
-    words_MPV: Callable[[Tensor], Tensor],
+    patches_MPH: Tensor,
+    vocabulary: Mapping[str, int],
     plan: Plan,
 ) -> Iterator[str]:
     """Train projector and word embeddings until patches are near their words; yield a log.
 
+    A linear layer, thrown away afterwards, holds the projector to what words do not say, such as
+    the row and the place in a word.
+
     Args:
         model: a LLaVA.
         features_MPD: of the tower.
-        words_MPV: takes the indices of images (B,), gives which words are true of their patches,
-            (B, P, V) bool.
+        patches_MPH: what each patch shows, in the order of the features.
+        vocabulary: word -> id.
         plan: how long.
     """
     embeddings = model.model.language_model.embed_tokens
     projector = model.model.multi_modal_projector
+    rest = nn.Linear(embeddings.embedding_dim, sum(HEADS.values()))
     bias_V = nn.Parameter(torch.full((embeddings.num_embeddings,), -4.0))
-    parameters = [*projector.parameters(), embeddings.weight, bias_V]
+    parameters = [*projector.parameters(), embeddings.weight, *rest.parameters(), bias_V]
     optimizer, scheduler = make_optimizer(parameters, plan)
     losses = []
     for step in range(plan.num_steps):
         chosen = choose(len(features_MPD), plan.batch_size, step)
-        wanted_BPV = words_MPV(chosen).float()
-        logits_BPV = projector(features_MPD[chosen].float()) @ embeddings.weight.T + bias_V
+        words_BPV = torch.from_numpy(patch_words(patches_MPH[chosen].numpy(), vocabulary))
+        projected_BPD = projector(features_MPD[chosen].float())
         loss = F.binary_cross_entropy_with_logits(
-            logits_BPV, wanted_BPV, pos_weight=torch.tensor(_WORD_WEIGHT)
+            projected_BPD @ embeddings.weight.T + bias_V,
+            words_BPV.float(),
+            pos_weight=torch.tensor(_WORD_WEIGHT),
         )
+        loss = _WORDS_TO_REST * loss + patch_loss(rest(projected_BPD), patches_MPH[chosen])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         scheduler.step()
         losses.append(loss.item())
-        if (step + 1) % 100 == 0:
-            yield f"step {step + 1}: loss {np.mean(losses[-100:]):.4f}"
+        if (step + 1) % 200 == 0:
+            yield f"step {step + 1}: loss {np.mean(losses[-200:]):.4f}"
 
 
 def load_lessons(url: str, tokenizer: Any) -> Lessons:  # noqa: ANN401

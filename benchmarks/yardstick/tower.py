@@ -109,6 +109,17 @@ def measure_heads(
     return {name: right[name] / max(total[name], 1) for name in HEADS}
 
 
+def patch_loss(logits_BPX: Tensor, patches_BPH: Tensor) -> Tensor:
+    """Return the sum over heads of the mean cross entropy of a patch."""
+    loss = logits_BPX.new_zeros(())
+    for place, (name, logits) in enumerate(_split(logits_BPX)):
+        wanted = patches_BPH[..., place].long().flatten()
+        losses = F.cross_entropy(logits.flatten(0, 1), wanted, reduction="none")
+        weights = torch.where(wanted > 0, 1.0, _EMPTY_WEIGHT)
+        loss = loss + _EASY.get(name, 1.0) * (losses * weights).sum() / weights.sum()
+    return loss
+
+
 def make_optimizer(
     parameters: list[nn.Parameter], plan: Plan
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
@@ -171,10 +182,5 @@ def _loss(
     tower: CLIPVisionModel, heads: Heads, pixels: Tensor, patches_BPH: Tensor, images_BC: Tensor
 ) -> Tensor:
     logits_BPX, logits_BC = _forward(tower, heads, pixels)
-    loss = F.binary_cross_entropy_with_logits(logits_BC, images_BC.float())
-    for place, (name, logits) in enumerate(_split(logits_BPX)):
-        wanted = patches_BPH[..., place].long().flatten()
-        losses = F.cross_entropy(logits.flatten(0, 1), wanted, reduction="none")
-        weights = torch.where(wanted > 0, 1.0, _EMPTY_WEIGHT)
-        loss = loss + _EASY.get(name, 1.0) * (losses * weights).sum() / weights.sum()
-    return loss
+    loss_of_images = F.binary_cross_entropy_with_logits(logits_BC, images_BC.float())
+    return loss_of_images + patch_loss(logits_BPX, patches_BPH)

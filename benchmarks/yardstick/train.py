@@ -28,7 +28,6 @@ from checkpoint import WIDTH, build_model, build_tokenizer, save_checkpoint
 from hardware import processor
 from language import align_projector, load_lessons, measure_answers, train_language
 from pictures import write_pictures
-from targets import patch_words
 from tower import Heads, Plan, load_pictures, measure_heads, train_tower
 
 from pipeline.config import parse_config
@@ -78,8 +77,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--num-heldout", type=int, default=1000)
     parser.add_argument("--tower-steps", type=int, default=2800)
     parser.add_argument("--tower-batch", type=int, default=64)
-    parser.add_argument("--align-steps", type=int, default=600)
-    parser.add_argument("--language-steps", type=int, default=4500)
+    parser.add_argument("--align-steps", type=int, default=1000)
+    parser.add_argument("--language-steps", type=int, default=3800)
     parser.add_argument("--language-batch", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
@@ -133,13 +132,8 @@ def _train_language(
     tokenizer = build_tokenizer()
     lessons = load_lessons(caches["train"], tokenizer)
     _, patches, _ = load_pictures(work / "train")  # in the order of their keys, as lessons are
-    vocabulary = tokenizer.get_vocab()
-    align = align_projector(
-        model,
-        lessons.features,
-        lambda chosen: torch.from_numpy(patch_words(patches[chosen].numpy(), vocabulary)),
-        Plan(num_steps=args.align_steps, batch_size=32, learning_rate=3e-3),
-    )
+    plan = Plan(num_steps=args.align_steps, batch_size=32, learning_rate=3e-3)
+    align = align_projector(model, lessons.features, patches, tokenizer.get_vocab(), plan)
     _log_lines("projector", align)
     lines = train_language(
         model,

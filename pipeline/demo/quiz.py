@@ -167,7 +167,9 @@ def _scene_questions(items: Sequence[Item]) -> list[Question]:
     for shape in single:
         asked.append(("attribute", f"what color is the {shape.kind}", shape.color))
         asked.append(("attribute", f"what pattern is on the {shape.kind}", shape.pattern))
-    for kind in sorted(counts):
+    # One kind that is there once, and all that are there more often: or 1 would be a good guess.
+    once = sorted(shape.kind for shape in single)[:1]
+    for kind in sorted([*once, *(kind for kind in counts if counts[kind] > 1)]):
         asked.append(("count", f"how many {kind} shapes", str(counts[kind])))
     for one in single:
         for other in single:
