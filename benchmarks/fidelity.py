@@ -52,15 +52,15 @@ from pipeline import carvers, codecs
 from pipeline.calibration import calibrate
 from pipeline.carvers import Carver
 from pipeline.config import parse_config
+from pipeline.demo.model import TEMPLATE
 from pipeline.evaluation.settings import parse_evaluation
 from pipeline.evaluation.task import EvaluationTask, resolve_evaluation
 from pipeline.evaluation.variants import BASELINES, FULL, UNCOMPRESSED, with_budget
 from pipeline.job import resolve_job
 
 ROOT = Path(__file__).parents[1]
-TEMPLATE = "<image> {prompt} ?"
-NEUTRAL_PROMPT = "<image> ?"  # for the signals of the language model: no question is known
-MAX_NEW_TOKENS = 8  # the longest answers have 3 words
+NEUTRAL_PROMPT = "<image> what is the"  # for signals of the language model: no question is known
+MAX_NEW_TOKENS = 4  # the longest answers have 3 words and an end
 SAMPLE_IMAGES = 256
 
 log = logging.getLogger("fidelity")
