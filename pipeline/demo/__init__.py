@@ -9,7 +9,7 @@ from pathlib import Path
 from pipeline.carved_cache import open_cache
 from pipeline.config import JobConfig, parse_config
 from pipeline.demo.corpus import NUM_SHARDS, Corpus, write_corpus, write_if_changed
-from pipeline.demo.model import PROMPT, save_model
+from pipeline.demo.model import copy_model
 from pipeline.demo.readback import read_report
 from pipeline.demo.report import DemoReport, megabytes, render
 from pipeline.errors import ConfigError, ExitCode, PipelineError
@@ -33,7 +33,7 @@ def demo_config(output: Path) -> JobConfig:
         "output": {"url": str(output / "cache")},
         "encoder": {
             "name": "llava",
-            "options": {"model": str(output / "model"), "stage": "projected", "prompt": PROMPT},
+            "options": {"model": str(output / "model"), "stage": "projected"},
         },
         "carver": {"name": "tokencarve", "options": {"keep_ratio": 0.25}},
         "codec": {"name": "int8"},
@@ -60,7 +60,7 @@ def run_demo(output: Path) -> Iterator[str]:
     _claim(output)
     corpus = write_corpus(output / "corpus")
     yield _corpus_line(corpus, output)
-    save_model(output / "model", captions=corpus.captions)
+    copy_model(output / "model")
     job = resolve_job(demo_config(output))
     yield _run_line(_carve(job), job)
     report = read_report(job, open_cache(job.config.output.url), corpus, model=output / "model")
@@ -115,4 +115,8 @@ def _summary(report: DemoReport, corpus: Corpus, output: Path) -> Iterator[str]:
     width = max(len(name) for name, _ in report.sizes)
     for name, num_bytes in report.sizes:
         yield f"  {name:<{width}}  {megabytes(num_bytes):>9}"
+    yield (
+        f"answers: {report.right_carved} of {len(report.answers)} questions right from the carved "
+        f"tokens, {report.right_full} from all"
+    )
     yield f"report: {output / 'report.html'}"

@@ -19,22 +19,29 @@ from pipeline.dataset import Batch, CarvedDataset
 from pipeline.decode import decode_image
 from pipeline.demo.corpus import Corpus, read_images
 from pipeline.demo.model import answer_both_ways
-from pipeline.demo.report import CarvedPicture, DemoReport
+from pipeline.demo.report import Answer, CarvedPicture, DemoReport
 from pipeline.evaluation.drawing import seen_image
 from pipeline.job import Job
 from pipeline.storage import Store
 from pipeline.types import RejectedSample
 
-_SHOWN = {"photo": 8, "scene": 2, "text": 2}  # pictures of each kind, no two of one caption
+_SHOWN = {"photo": 6, "quiz": 6, "scene": 1, "text": 1}  # pictures of each kind on the page
+_QUESTIONS_PER_IMAGE = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Chosen:
-    """An image to show."""
+class _Row:
+    """An image of the cache."""
 
     image: CachedImage
     caption: str
+    questions: Sequence[Mapping[str, str]]  # the few that are asked, spread over its families
     bytes_stored: int
+
+    @property
+    def kind(self) -> str:
+        """As the corpus names it."""
+        return self.image.key.split("-")[0]
 
 
 def read_report(job: Job, cache: CarvedCache, corpus: Corpus, *, model: Path) -> DemoReport:
@@ -52,6 +59,8 @@ def read_report(job: Job, cache: CarvedCache, corpus: Corpus, *, model: Path) ->
     for commit in commits:
         stages.update(commit.details["stage_seconds"])
     num_actors = len({commit.details["pid"] for commit in commits})
+    rows = list(_read_rows(cache))
+    answers = _ask(rows, corpus, model)
     return DemoReport(
         plugins={
             kind: f"{plugin['name']} {json.dumps(plugin['options'])}"
@@ -71,7 +80,8 @@ def read_report(job: Job, cache: CarvedCache, corpus: Corpus, *, model: Path) ->
         - min(c.committed_at - c.seconds for c in commits),
         stage_seconds=dict(stages),
         rejected=[r for commit in commits for r in _read_rejected(store, commit)],
-        pictures=_pictures(job, cache, corpus, model),
+        answers=[answer for of_image in answers.values() for answer in of_image],
+        pictures=_pictures(job, _choose(rows), corpus, answers),
     )
 
 
@@ -86,46 +96,76 @@ def _read_rejected(store: Store, commit: Commit) -> Iterator[RejectedSample]:
         yield RejectedSample(**row)
 
 
-def _pictures(job: Job, cache: CarvedCache, corpus: Corpus, model: Path) -> list[CarvedPicture]:
-    chosen = _choose(cache)
-    encoded = read_images(corpus.shards, [c.image.key for c in chosen])
-    decoded = [decode_image(encoded[c.image.key], key=c.image.key) for c in chosen]
-    answers = answer_both_ways(
-        model, [Image.fromarray(pixels) for pixels in decoded], [c.image.features for c in chosen]
+def _read_rows(cache: CarvedCache) -> Iterator[_Row]:
+    """Go through the whole cache as training does."""
+    dataset = CarvedDataset(cache, columns=("txt", "json"))
+    loader = DataLoader(dataset, batch_size=64, collate_fn=dataset.collate)
+    for batch in loader:
+        yield from _rows_of(batch)
+
+
+def _rows_of(batch: Batch) -> Iterator[_Row]:
+    captions, about = batch.columns["txt"], batch.columns["json"]
+    for row, image, caption, text in zip(batch.rows, batch.images(), captions, about, strict=True):
+        asked = json.loads(text).get("questions", [])
+        yield _Row(
+            image=image,
+            caption=caption,
+            questions=asked[:: max(1, len(asked) // _QUESTIONS_PER_IMAGE)][:_QUESTIONS_PER_IMAGE],
+            bytes_stored=row.place.tokens_length + row.place.aux_length,
+        )
+
+
+def _ask(rows: Sequence[_Row], corpus: Corpus, model: Path) -> dict[str, list[Answer]]:
+    """Ask what is asked of each image; return the answers by key."""
+    asked = [(row, question) for row in rows for question in row.questions]
+    pixels = {
+        key: Image.fromarray(decode_image(encoded, key=key))
+        for key, encoded in read_images(corpus.shards, [r.image.key for r, _ in asked]).items()
+    }
+    pairs = answer_both_ways(
+        model,
+        [question["prompt"] for _, question in asked],
+        [pixels[row.image.key] for row, _ in asked],
+        [row.image.features for row, _ in asked],
     )
+    answers: dict[str, list[Answer]] = {}
+    for (row, question), (full, carved) in zip(asked, pairs, strict=True):
+        answers.setdefault(row.image.key, []).append(
+            Answer(prompt=question["prompt"], wanted=question["answer"], full=full, carved=carved)
+        )
+    return answers
+
+
+def _choose(rows: Sequence[_Row]) -> list[_Row]:
+    """Return a few images of each kind, no two of one caption."""
+    chosen: list[_Row] = []
+    left, captions = Counter(_SHOWN), set[str]()
+    for row in sorted(rows, key=lambda row: row.image.key):
+        if left[row.kind] > 0 and row.caption not in captions:
+            left[row.kind] -= 1
+            captions.add(row.caption)
+            chosen.append(row)
+    return chosen
+
+
+def _pictures(
+    job: Job, chosen: Sequence[_Row], corpus: Corpus, answers: Mapping[str, Sequence[Answer]]
+) -> list[CarvedPicture]:
+    encoded = read_images(corpus.shards, [row.image.key for row in chosen])
     return [
         CarvedPicture(
-            key=c.image.key,
-            caption=c.caption,
-            image=seen_image(job.encoder.preprocess(pixels), c.image.grid[1:]),
-            positions=c.image.positions.tolist(),
-            sizes=c.image.sizes.tolist(),
-            bytes_in=len(encoded[c.image.key]),
-            bytes_stored=c.bytes_stored,
-            answers=pair,
+            key=row.image.key,
+            caption=row.caption,
+            image=seen_image(
+                job.encoder.preprocess(decode_image(encoded[row.image.key], key=row.image.key)),
+                row.image.grid[1:],
+            ),
+            positions=row.image.positions.tolist(),
+            sizes=row.image.sizes.tolist(),
+            bytes_in=len(encoded[row.image.key]),
+            bytes_stored=row.bytes_stored,
+            answers=answers.get(row.image.key, ()),
         )
-        for c, pixels, pair in zip(chosen, decoded, answers, strict=True)
+        for row in chosen
     ]
-
-
-def _choose(cache: CarvedCache) -> list[_Chosen]:
-    """Go through the whole cache as training does, and keep a few images of each kind."""
-    dataset = CarvedDataset(cache, columns=("txt",))
-    loader = DataLoader(dataset, batch_size=64, collate_fn=dataset.collate)
-    chosen: list[_Chosen] = []
-    left, captions = Counter(_SHOWN), set[str]()
-    for batch in loader:
-        for candidate in _candidates(batch):
-            kind = candidate.image.key.split("-")[0]
-            if left[kind] > 0 and candidate.caption not in captions:
-                left[kind] -= 1
-                captions.add(candidate.caption)
-                chosen.append(candidate)
-    return sorted(chosen, key=lambda c: c.image.key)
-
-
-def _candidates(batch: Batch) -> Iterator[_Chosen]:
-    captions: Sequence[str] = batch.columns["txt"]
-    for row, image, caption in zip(batch.rows, batch.images(), captions, strict=True):
-        stored = row.place.tokens_length + row.place.aux_length
-        yield _Chosen(image=image, caption=caption, bytes_stored=stored)

@@ -14,8 +14,18 @@ _EDGE = 336  # pixels of a picture on the page
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """What the model answers to a question."""
+
+    prompt: str
+    wanted: str
+    full: str  # from all tokens
+    carved: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class CarvedPicture:
-    """One image of the cache, with what the model says about it."""
+    """One image of the cache, with what the model answers about it."""
 
     key: str
     caption: str
@@ -24,7 +34,7 @@ class CarvedPicture:
     sizes: Sequence[float]
     bytes_in: int  # encoded image
     bytes_stored: int  # its tokens in the cache
-    answers: tuple[str, str]  # from all tokens, from the carved ones
+    answers: Sequence[Answer]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +55,18 @@ class DemoReport:
     seconds: float  # from the first byte read to the last commit
     stage_seconds: Mapping[str, float]  # summed over threads and actors
     rejected: Sequence[RejectedSample]
+    answers: Sequence[Answer]  # to all that was asked
     pictures: Sequence[CarvedPicture]
+
+    @property
+    def right_full(self) -> int:
+        """Questions answered right from all tokens."""
+        return sum(answer.full == answer.wanted for answer in self.answers)
+
+    @property
+    def right_carved(self) -> int:
+        """Questions answered right from the carved tokens."""
+        return sum(answer.carved == answer.wanted for answer in self.answers)
 
     @property
     def bytes_full(self) -> int:
@@ -88,14 +109,18 @@ def _headline(report: DemoReport) -> str:
         (f"{report.num_images}", "images carved"),
         (f"{kept:.0%}", "of their tokens kept"),
         (f"{smaller:.1f} x", "smaller than all tokens in 16 bits"),
+        (
+            f"{report.right_carved} of {len(report.answers)}",
+            f"questions answered right; {report.right_full} from all tokens",
+        ),
         (f"{len(report.rejected)}", "broken samples rejected"),
     )
     cells = "".join(f"<li><b>{escape(value)}</b><span>{name}</span></li>" for value, name in tiles)
     return (
         "<header><h1>What was carved</h1>\n<p>A corpus made on this machine was encoded once; the "
-        "tokens that carry information were kept, packed and read back. The model has the shape of "
-        "a LLaVA and <strong>untrained</strong> weights: sizes, speed and mechanics below are "
-        "real, its choice of tokens and its words are not those of a trained model.</p>\n"
+        "tokens that carry information were kept, packed and read back. The model is a LLaVA of 5 "
+        "million parameters, trained on pictures with questions like those below, and on nothing "
+        "else.</p>\n"
         f'<ul class="tiles">{cells}</ul></header>'
     )
 
@@ -122,8 +147,8 @@ def _pictures(report: DemoReport) -> str:
     return (
         "<section><h2>Kept tokens</h2>\n<p>Left, the image as the encoder saw it. Right, the "
         "tokens that stayed; the dark ones were dropped or merged. A framed token stands for as "
-        "many source tokens as its number says: the others were merged into it. Below, what the "
-        "untrained model writes about the image, from all tokens and from the carved ones.</p>\n"
+        "many source tokens as its number says: the others were merged into it. Where the model "
+        "was asked, its answers from all tokens and from the carved ones stand below.</p>\n"
         f'<div class="gallery">{figures}</div></section>'
     )
 
@@ -131,7 +156,6 @@ def _pictures(report: DemoReport) -> str:
 def _figure(shown: CarvedPicture, width: int) -> str:
     kept = draw_tokens(shown.image, shown.positions, shown.sizes)
     num_full, num_kept = shown.image.num_tokens, len(shown.positions)
-    full, carved = (escape(answer) for answer in shown.answers)
     bytes_full = num_full * width * FULL_BYTES
     seen = picture(shown.image.views[0], alt=shown.caption, width=_EDGE)
     drawn = picture(kept, alt="its kept tokens", width=_EDGE)
@@ -140,10 +164,28 @@ def _figure(shown: CarvedPicture, width: int) -> str:
         f"</div><figcaption><code>{escape(shown.key)}</code> {escape(shown.caption)}<br>"
         f"<small>{shown.bytes_in / 1e3:.1f} kB of image, {num_full} tokens of "
         f"{bytes_full / 1e3:.1f} kB, {num_kept} kept in {shown.bytes_stored / 1e3:.1f} kB</small>"
-        f"<dl><dt>untrained model, {num_full} tokens</dt><dd>{full}</dd>"
-        f"<dt>untrained model, {num_kept} carved tokens</dt><dd>{carved}</dd></dl>"
-        "</figcaption></figure>"
+        f"{_answer_table(shown.answers)}</figcaption></figure>"
     )
+
+
+def _answer_table(answers: Sequence[Answer]) -> str:
+    if not answers:
+        return ""
+    rows = "".join(
+        f'<tr><th scope="row">{escape(answer.prompt)}?</th>'
+        f"{_answer_cell(answer.full, answer)}{_answer_cell(answer.carved, answer)}</tr>"
+        for answer in answers
+    )
+    return (
+        "<table><thead><tr><th></th><th>all tokens</th><th>carved</th></tr></thead>"
+        f"<tbody>{rows}</tbody></table>"
+    )
+
+
+def _answer_cell(said: str, answer: Answer) -> str:
+    if said == answer.wanted:
+        return f"<td>{escape(said)} \N{CHECK MARK}</td>"
+    return f'<td title="right: {escape(answer.wanted)}">{escape(said)} \N{BALLOT X}</td>'
 
 
 def _speed(report: DemoReport) -> str:
