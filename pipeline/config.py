@@ -6,21 +6,25 @@ What needs plug-ins to be checked (their names, options and signals) is checked 
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.errors import ConfigError
 
+Model = TypeVar("Model", bound=BaseModel)
+
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
-class _Strict(BaseModel):
+class StrictModel(BaseModel):
+    """A section of a config: no unknown keys, no values of another type, no changes."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class InputConfig(_Strict):
+class InputConfig(StrictModel):
     """Which shards, and how their members are understood."""
 
     shards: str | list[str] = ""
@@ -34,7 +38,7 @@ class InputConfig(_Strict):
     """Larger images are rejected by their header, before they are decoded."""
 
 
-class OutputConfig(_Strict):
+class OutputConfig(StrictModel):
     """Where the cache goes and how its Parquet parts are cut."""
 
     url: str = ""
@@ -42,14 +46,14 @@ class OutputConfig(_Strict):
     part_mib: Annotated[int, Field(ge=1, le=4096)] = 256
 
 
-class PluginConfig(_Strict):
+class PluginConfig(StrictModel):
     """A plug-in by file name, with its options."""
 
     name: str
     options: dict[str, Any] = {}
 
 
-class RunnerConfig(_Strict):
+class RunnerConfig(StrictModel):
     """How the work is spread; nothing here changes stored values except `dtype`."""
 
     num_actors: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
@@ -75,7 +79,7 @@ class RunnerConfig(_Strict):
     progress_s: Annotated[float, Field(gt=0)] = 5.0
 
 
-class JobConfig(_Strict):
+class JobConfig(StrictModel):
     """One complete run."""
 
     input: InputConfig = InputConfig()
@@ -104,23 +108,14 @@ def load_config(
     Raises:
         ConfigError: the file cannot be read, or any key or value is wrong; all are named at once.
     """
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as err:
-        raise ConfigError(f"cannot read config {path}: {err.strerror}") from err
-    except (yaml.YAMLError, UnicodeDecodeError) as err:
-        raise ConfigError(f"{path}: not YAML: {' '.join(str(err).split())}") from err
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: must hold a mapping, holds {type(values).__name__}")
+    values = read_yaml(path)
     for override in overrides:
-        key, sep, text = override.partition("=")
-        if not sep or not key:
-            raise ConfigError(f"--set {override!r}: must be dotted.key=value")
-        _assign(values, key, _parse_value(override, text))
+        key, value = parse_override(override)
+        assign(values, key, value, where=f"--set {key}")
     if input_shards is not None:
-        _assign(values, "input.shards", input_shards)
+        assign(values, "input.shards", input_shards, where="--set input.shards")
     if output_url is not None:
-        _assign(values, "output.url", output_url)
+        assign(values, "output.url", output_url, where="--set output.url")
     return parse_config(values, where=str(path))
 
 
@@ -130,12 +125,7 @@ def parse_config(values: Mapping[str, Any], *, where: str = "config") -> JobConf
     Raises:
         ConfigError: names every wrong key and value, with `where` in front.
     """
-    try:
-        config = JobConfig.model_validate(values)
-    except ValidationError as err:
-        raise ConfigError(
-            f"{where}: " + "; ".join(_problem(detail) for detail in err.errors())
-        ) from err
+    config = check(JobConfig, values, where=where)
     missing = [
         f"{key}: must be given (or use {flag})"
         for key, flag, value in (
@@ -149,35 +139,78 @@ def parse_config(values: Mapping[str, Any], *, where: str = "config") -> JobConf
     return config
 
 
-def _parse_value(override: str, text: str) -> Any:  # noqa: ANN401  (any YAML value)
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML file that holds a mapping.
+
+    Raises:
+        ConfigError: the file cannot be read, or holds something else.
+    """
     try:
-        return yaml.safe_load(text)
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as err:
+        raise ConfigError(f"cannot read config {path}: {err.strerror}") from err
+    except (yaml.YAMLError, UnicodeDecodeError) as err:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(err).split())}") from err
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: must hold a mapping, holds {type(values).__name__}")
+    return values
+
+
+def parse_override(override: str) -> tuple[str, Any]:
+    """Return key and value of `dotted.key=value`, the value in YAML.
+
+    Raises:
+        ConfigError: it is of another form.
+    """
+    key, sep, text = override.partition("=")
+    if not sep or not key:
+        raise ConfigError(f"--set {override!r}: must be dotted.key=value")
+    try:
+        return key, yaml.safe_load(text)
     except yaml.YAMLError as err:
         raise ConfigError(f"--set {override!r}: the value is not YAML") from err
 
 
-def _assign(values: dict[str, Any], dotted: str, value: object) -> None:
+def assign(values: dict[str, Any], dotted: str, value: object, *, where: str) -> None:
+    """Set a value by its dotted key, making the mappings on the way.
+
+    Raises:
+        ConfigError: there is something else than a mapping on the way; `where` stands in front.
+    """
     *parents, last = dotted.split(".")
     for name in parents:
         child = values.setdefault(name, {})
         if not isinstance(child, dict):
-            raise ConfigError(f"--set {dotted}: {name!r} is not a mapping")
+            raise ConfigError(f"{where}: {name!r} is not a mapping")
         values = child
     values[last] = value
 
 
-def _problem(detail: Any) -> str:  # noqa: ANN401  (pydantic's ErrorDetails)
+def check(model: type[Model], values: Mapping[str, Any], *, where: str) -> Model:
+    """Return plain values as a config.
+
+    Raises:
+        ConfigError: names every wrong key and value, with `where` in front.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as err:
+        problems = "; ".join(_problem(model, detail) for detail in err.errors())
+        raise ConfigError(f"{where}: {problems}") from err
+
+
+def _problem(model: type[BaseModel], detail: Any) -> str:  # noqa: ANN401  (pydantic's ErrorDetails)
     place = ".".join(str(part) for part in detail["loc"] if not str(part).startswith("constrained"))
     if detail["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(detail["loc"][-1]), _known_keys(detail["loc"]), n=1)
+        known = _known_keys(model, detail["loc"])
+        near = difflib.get_close_matches(str(detail["loc"][-1]), known, n=1)
         return f"{place}: unknown key" + (f"; did you mean {near[0]!r}?" if near else "")
     if detail["type"] == "missing":
         return f"{place}: must be given"
     return f"{place}: {detail['msg']} (got {detail['input']!r})"
 
 
-def _known_keys(loc: Sequence[str | int]) -> list[str]:
-    model: type[BaseModel] = JobConfig
+def _known_keys(model: type[BaseModel], loc: Sequence[str | int]) -> list[str]:
     for part in loc[:-1]:
         field = model.model_fields.get(str(part))
         if field is None or not isinstance(field.annotation, type):

@@ -3,16 +3,23 @@
 What needs plug-ins to be checked is checked in `task.py`.
 """
 
-import difflib
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BeforeValidator, Field
 
-from pipeline.config import InputConfig, PluginConfig, RunnerConfig
+from pipeline.config import (
+    InputConfig,
+    PluginConfig,
+    RunnerConfig,
+    StrictModel,
+    assign,
+    check,
+    parse_override,
+    read_yaml,
+)
 from pipeline.errors import ConfigError
 
 GENERIC_PROMPTS = (
@@ -55,28 +62,28 @@ Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False), BeforeValidator
 NamedPlugin = Annotated[PluginConfig, BeforeValidator(_plugin)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class EvaluationSettings(_Strict):
+class EvaluationSettings(StrictModel):
     """What is compared, what is asked, and how surely it is to be known."""
 
-    carvers: list[NamedPlugin] = [PluginConfig(name="tokencarve")]
+    carvers: list[NamedPlugin] = Field(default_factory=lambda: [PluginConfig(name="tokencarve")])
     """Names, or name and options without a budget; `all` for every carver of the registry that
     the encoder can serve. The baselines random, uniform_grid and average_pool, and full tokens
     with each codec, are always there."""
-    budgets: Annotated[list[Share], Field(min_length=1)] = [1 / 3, 2 / 9, 1 / 9, 1 / 18]
+    budgets: list[Share] = Field(
+        default_factory=lambda: [1 / 3, 2 / 9, 1 / 9, 1 / 18], min_length=1
+    )
     """Shares of the tokens that are kept; fractions such as 2/9 may be written."""
-    codecs: Annotated[list[NamedPlugin], Field(min_length=1)] = [PluginConfig(name="int8")]
-    reads: list[Share] = []
+    codecs: list[NamedPlugin] = Field(
+        default_factory=lambda: [PluginConfig(name="int8")], min_length=1
+    )
+    reads: list[Share] = Field(default_factory=list)
     """Shares of the tokens that are read of what each larger budget stored: progressive reads."""
     questions: str = ""
     """JSON lines of {"key", "prompt", "answer"?, "family"?}; images without any are left out."""
     column: str = ""
     """Suffix of the samples' JSON member whose field `questions` lists {"prompt", "answer"?,
     "family"?}."""
-    prompts: Annotated[list[str], Field(min_length=1)] = list(GENERIC_PROMPTS)
+    prompts: list[str] = Field(default_factory=lambda: list(GENERIC_PROMPTS), min_length=1)
     """Asked of every image where neither `questions` nor `column` is given."""
     template: str = ""
     """Holds `<image>`, or the model's own image token, once, and `{prompt}`; empty for the
@@ -92,7 +99,7 @@ class EvaluationSettings(_Strict):
     """Of the disturbances and of the bootstrap."""
 
 
-class EvaluationConfig(_Strict):
+class EvaluationConfig(StrictModel):
     """One complete evaluation."""
 
     input: InputConfig = InputConfig()
@@ -121,17 +128,10 @@ def load_evaluation(
     Raises:
         ConfigError: the file cannot be read, or any key or value is wrong; all are named at once.
     """
-    content = {} if path is None else _read_yaml(Path(path))
-    for key, value in (values or {}).items():
-        _assign(content, key, value)
-    for override in overrides:
-        key, sep, text = override.partition("=")
-        if not sep or not key:
-            raise ConfigError(f"--set {override!r}: must be dotted.key=value")
-        try:
-            _assign(content, key, yaml.safe_load(text))
-        except yaml.YAMLError as err:
-            raise ConfigError(f"--set {override!r}: the value is not YAML") from err
+    content = {} if path is None else read_yaml(path)
+    given = [*(values or {}).items(), *(parse_override(override) for override in overrides)]
+    for key, value in given:
+        assign(content, key, value, where=key)
     return parse_evaluation(content, where=str(path or "options"))
 
 
@@ -141,11 +141,7 @@ def parse_evaluation(values: Mapping[str, Any], *, where: str = "config") -> Eva
     Raises:
         ConfigError: names every wrong key and value, with `where` in front.
     """
-    try:
-        config = EvaluationConfig.model_validate(values)
-    except ValidationError as err:
-        wrong = "; ".join(_problem(detail) for detail in err.errors())
-        raise ConfigError(f"{where}: {wrong}") from err
+    config = check(EvaluationConfig, values, where=where)
     if problems := _contradictions(config):
         raise ConfigError(f"{where}: " + "; ".join(problems))
     return config
@@ -167,47 +163,3 @@ def _contradictions(config: EvaluationConfig) -> list[str]:
     if len(set(asked.prompts)) != len(asked.prompts):
         problems.append("evaluation.prompts: one occurs twice")
     return problems
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as err:
-        raise ConfigError(f"cannot read config {path}: {err.strerror}") from err
-    except (yaml.YAMLError, UnicodeDecodeError) as err:
-        raise ConfigError(f"{path}: not YAML: {' '.join(str(err).split())}") from err
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: must hold a mapping, holds {type(values).__name__}")
-    return values
-
-
-def _assign(values: dict[str, Any], dotted: str, value: object) -> None:
-    *parents, last = dotted.split(".")
-    for name in parents:
-        child = values.setdefault(name, {})
-        if not isinstance(child, dict):
-            raise ConfigError(f"{dotted}: {name!r} is not a mapping")
-        values = child
-    values[last] = value
-
-
-def _problem(detail: Any) -> str:  # noqa: ANN401  (pydantic's ErrorDetails)
-    place = ".".join(str(part) for part in detail["loc"] if not str(part).startswith("constrained"))
-    if detail["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(detail["loc"][-1]), _known_keys(detail["loc"]), n=1)
-        return f"{place}: unknown key" + (f"; did you mean {near[0]!r}?" if near else "")
-    if detail["type"] == "missing":
-        return f"{place}: must be given"
-    return f"{place}: {detail['msg']} (got {detail['input']!r})"
-
-
-def _known_keys(loc: Sequence[str | int]) -> list[str]:
-    model: type[BaseModel] = EvaluationConfig
-    for part in loc[:-1]:
-        field = model.model_fields.get(str(part))
-        if field is None or not isinstance(field.annotation, type):
-            return []
-        if not issubclass(field.annotation, BaseModel):
-            return []
-        model = field.annotation
-    return list(model.model_fields)
