@@ -17,9 +17,10 @@ from torch import Tensor
 
 from pipeline import carvers, codecs
 from pipeline.decode import decode_image
-from pipeline.evaluation.answers import Answers, LanguageModel, load_model
+from pipeline.evaluation.answers import Answers
 from pipeline.evaluation.images import AskedImage, Batches
 from pipeline.evaluation.information import effective_ranks
+from pipeline.evaluation.measure import load_language
 from pipeline.evaluation.online_tokencarve import (
     ATTENTION_WEIGHTS,
     OnlineAnswers,
@@ -72,15 +73,9 @@ class OnlineShare:
 
     def load(self) -> None:
         """Load encoder and language model."""
-        task, asked = self.task, self.task.config.evaluation
-        model, processor = load_model(task.model, revision=task.revision)
-        self.language = LanguageModel(
-            model=model,
-            processor=processor,
-            stage=task.stage,
-            template=asked.template,
-            max_new_tokens=asked.max_new_tokens,
-        )
+        task = self.task
+        self.language = load_language(task)
+        processor = self.language.processor
         self.tokenizer = getattr(processor, "tokenizer", processor)
         task.encoder.load(device="cpu", dtype=torch.float32, signals=frozenset())
 

@@ -9,7 +9,7 @@ from pipeline import __version__, carvers, codecs, encoders
 from pipeline.cache import layout
 from pipeline.carvers import Carver
 from pipeline.codecs import Codec
-from pipeline.config import JobConfig, PluginConfig
+from pipeline.config import InputConfig, JobConfig, PluginConfig
 from pipeline.decode import DecodeOptions
 from pipeline.encoders import Encoder
 from pipeline.errors import ConfigError, MissingSignalError
@@ -60,10 +60,7 @@ class Job:
         return {
             **self.metadata,
             "config": self.config.model_dump(mode="json"),
-            "versions": {
-                "carvecache": __version__,
-                **{name: importlib.metadata.version(name) for name in _VERSIONED},
-            },
+            "versions": package_versions(_VERSIONED),
         }
 
     def work_fingerprint(self, shard: ShardRef) -> str:
@@ -101,13 +98,8 @@ def resolve_job(config: JobConfig, *, encoder: Encoder | None = None) -> Job:
     # An actor may have another working directory: from here on the URL is absolute.
     output = config.output.model_copy(update={"url": store.url})
     config = config.model_copy(update={"output": output})
-    source = SourceOptions(
-        image_suffixes=tuple(config.input.image_suffixes),
-        column_suffixes=columns,
-        max_member_bytes=config.input.max_member_mib << 20,
-        on_truncated=config.input.on_truncated,
-    )
-    decode = DecodeOptions(max_pixels=int(config.input.max_megapixels * 1_000_000))
+    source = source_options(config.input, columns)
+    decode = decode_options(config.input)
     settings = {
         "encoder": {"name": config.encoder.name, **described},
         "carver": {"name": config.carver.name, "options": dict(carver_options)},
@@ -131,6 +123,27 @@ def resolve_job(config: JobConfig, *, encoder: Encoder | None = None) -> Job:
         decode=decode,
         settings=settings,
     )
+
+
+def source_options(settings: InputConfig, columns: Sequence[str]) -> SourceOptions:
+    """Return how shards are read; `columns` are the suffixes of the members kept as text."""
+    return SourceOptions(
+        image_suffixes=tuple(settings.image_suffixes),
+        column_suffixes=tuple(columns),
+        max_member_bytes=settings.max_member_mib << 20,
+        on_truncated=settings.on_truncated,
+    )
+
+
+def decode_options(settings: InputConfig) -> DecodeOptions:
+    """Return how images are decoded."""
+    return DecodeOptions(max_pixels=int(settings.max_megapixels * 1_000_000))
+
+
+def package_versions(names: Sequence[str]) -> dict[str, str]:
+    """Return the versions of this package and of others."""
+    versions = {name: importlib.metadata.version(name) for name in names}
+    return {"carvecache": __version__, **versions}
 
 
 def _attempt(problems: list[str], action: Callable[[], T]) -> T | None:

@@ -8,7 +8,7 @@ import typer
 
 from pipeline.config import JobConfig, load_config
 from pipeline.errors import ConfigError, ExitCode
-from pipeline.evaluation.evaluate_command import progress, split
+from pipeline.evaluation.evaluate_command import InputShards, Prompts, progress, split
 from pipeline.evaluation.settings import EvaluationConfig, parse_evaluation
 
 RUN_FILE = "run.yaml"
@@ -25,7 +25,7 @@ def choose(  # noqa: PLR0913  (one argument a flag)
         float,
         typer.Option("--keep-agreement", min=0, max=1, help="Share of the answers to keep."),
     ] = 0.98,
-    shards: Annotated[str | None, typer.Option("--input", help="Replaces input.shards.")] = None,
+    shards: InputShards = None,
     output: Annotated[str | None, typer.Option("--output", help="Replaces output.url.")] = None,
     results: Annotated[
         Path, typer.Option("--results", help="Folder of the evidence and of the new run.")
@@ -37,9 +37,7 @@ def choose(  # noqa: PLR0913  (one argument a flag)
     questions: Annotated[
         str, typer.Option("--questions", help="JSON lines of key and prompt.")
     ] = "",
-    prompts: Annotated[
-        list[str] | None, typer.Option("--prompts", help="Asked of every image; may be repeated.")
-    ] = None,
+    prompts: Prompts = None,
     template: Annotated[
         str, typer.Option("--template", help="Prompt with <image> and {prompt}.")
     ] = "",

@@ -103,17 +103,8 @@ class Measurer:
         Raises:
             ConfigError: they cannot be loaded, or do not fit the template.
         """
-        task, asked = self.task, self.task.config.evaluation
-        model, processor = load_model(
-            task.model, revision=task.revision, dtype=self.dtype, device=self.device
-        )
-        self.language = LanguageModel(
-            model=model,
-            processor=processor,
-            stage=task.stage,
-            template=asked.template,
-            max_new_tokens=asked.max_new_tokens,
-        )
+        task = self.task
+        self.language = load_language(task, dtype=self.dtype, device=self.device)
         task.encoder.load(device=self.device, dtype=self.dtype, signals=task.grid.needs)
 
     def measure(self, batch: Sequence[AskedImage]) -> tuple[pa.Table, pa.Table] | None:
@@ -241,6 +232,25 @@ class Measurer:
             )
             for kind in DISTURBANCES
         }
+
+
+def load_language(
+    task: EvaluationTask, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> LanguageModel:
+    """Load the model that an evaluation asks.
+
+    Raises:
+        ConfigError: it cannot be loaded, or does not fit the template.
+    """
+    asked = task.config.evaluation
+    model, processor = load_model(task.model, revision=task.revision, dtype=dtype, device=device)
+    return LanguageModel(
+        model=model,
+        processor=processor,
+        stage=task.stage,
+        template=asked.template,
+        max_new_tokens=asked.max_new_tokens,
+    )
 
 
 def _prefix(read: float, num_tokens: int, carved: CarvedTokens) -> int:

@@ -14,12 +14,13 @@ from pipeline import carvers, encoders
 from pipeline.carved_cache import CachedImage, CarvedCache, open_cache
 from pipeline.carvers import Carver
 from pipeline.config import JobConfig
-from pipeline.decode import DecodeOptions, decode_image
+from pipeline.decode import decode_image
 from pipeline.encoders import Encoder, Pixels
 from pipeline.errors import ConfigError, MissingSignalError
 from pipeline.evaluation.drawing import CELL, SeenImage, seen_image
 from pipeline.evaluation.shown import Carving, ShownImage
-from pipeline.evaluation.variants import budget_option
+from pipeline.evaluation.variants import BUDGET_OPTIONS, budget_option
+from pipeline.job import decode_options
 from pipeline.storage import read_input
 from pipeline.types import CarvedTokens
 
@@ -27,7 +28,6 @@ Fit = Literal["model", "crop", "pad", "stretch"]
 """How an image comes under the grid of a stored row: as the model's own image processor does it, or
 its middle, or padded to the shape of the grid, or stretched to it."""
 
-_BUDGETS = frozenset({"keep_tokens", "keep_ratio", "mean_tokens", "mean_ratio"})
 _PADDING = (122, 116, 104)  # the mean of CLIP's pixels, which LLaVA pads with
 
 
@@ -63,7 +63,7 @@ def show_images(
     chosen = {name: carvers.build(name, given) for name, given in options.items()}
     encoder = encoder or encoders.build(config.encoder.name, config.encoder.options)
     signals = _check_signals(config.encoder.name, encoder, chosen)
-    limits = DecodeOptions(max_pixels=int(config.input.max_megapixels * 1_000_000))
+    limits = decode_options(config.input)
     prepared = [
         encoder.preprocess(decode_image(read_input(url), key=url, options=limits)) for url in images
     ]
@@ -145,7 +145,7 @@ def show_row(
 def _options(config: JobConfig, name: str, keep: float | None) -> Mapping[str, Any]:
     """Return the options of a carver: the config's own, with the budget that is asked for."""
     own = dict(config.carver.options)
-    budget = {option: own.pop(option) for option in _BUDGETS & own.keys()}
+    budget = {option: own.pop(option) for option in BUDGET_OPTIONS & own.keys()}
     given = own if name == config.carver.name else {}
     if keep is None:
         known = {field.name for field in dataclasses.fields(carvers.load(name))}

@@ -1,11 +1,10 @@
 """A checked evaluation: its config with the plug-ins built. Cheap to make and to pickle."""
 
-import importlib.metadata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from pipeline import __version__, encoders
+from pipeline import encoders
 from pipeline.decode import DecodeOptions
 from pipeline.encoders import Encoder
 from pipeline.errors import ConfigError, PipelineError
@@ -19,7 +18,7 @@ from pipeline.evaluation.questions import (
 )
 from pipeline.evaluation.settings import EvaluationConfig
 from pipeline.evaluation.variants import Grid, build_grid
-from pipeline.source import SourceOptions
+from pipeline.job import decode_options, package_versions, source_options
 from pipeline.types import SIGNALS
 
 T = TypeVar("T")
@@ -48,10 +47,7 @@ class EvaluationTask:
             "config": self.config.model_dump(mode="json"),
             "encoder": {"name": self.config.encoder.name, **self.encoder.describe(self.grid.needs)},
             "left_out": dict(self.grid.left_out),
-            "versions": {
-                "carvecache": __version__,
-                **{name: importlib.metadata.version(name) for name in _VERSIONED},
-            },
+            "versions": package_versions(_VERSIONED),
         }
 
 
@@ -85,7 +81,7 @@ def resolve_evaluation(config: EvaluationConfig) -> EvaluationTask:
         grid=grid,
         source=source,
         questions=questions,
-        decode=DecodeOptions(max_pixels=int(config.input.max_megapixels * 1_000_000)),
+        decode=decode_options(config.input),
         stage=str(described["stage"]),
         model=str(config.encoder.options["model"]),
         revision=config.encoder.options.get("revision"),
@@ -105,12 +101,7 @@ def _source(config: EvaluationConfig) -> ImageSource:
     return ImageSource(
         shards=config.input.shards,
         images=config.images,
-        options=SourceOptions(
-            image_suffixes=tuple(config.input.image_suffixes),
-            column_suffixes=(column,) if column else (),
-            max_member_bytes=config.input.max_member_mib << 20,
-            on_truncated=config.input.on_truncated,
-        ),
+        options=source_options(config.input, [column] if column else []),
         max_images=config.evaluation.max_images,
     )
 

@@ -23,6 +23,9 @@ UNCOMPRESSED = "fp32"
 
 _SHARE_OPTIONS = ("keep_ratio", "mean_ratio")
 
+BUDGET_OPTIONS = frozenset({*_SHARE_OPTIONS, "keep_tokens", "mean_tokens"})
+"""Options of carvers that are their budget."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
@@ -167,7 +170,7 @@ def _cuts(
     stored: Sequence[tuple[PluginConfig, Codec]],
 ) -> Iterator[Cut]:
     options = _json(plugin.options)
-    if given := sorted(plugin.options.keys() & {*_SHARE_OPTIONS, "keep_tokens", "mean_tokens"}):
+    if given := sorted(plugin.options.keys() & BUDGET_OPTIONS):
         raise ConfigError(f"carver {plugin.name!r}: give {given[0]} by evaluation.budgets")
     has_budget = budget_option(plugin.name) is not None
     if plugin.name == FULL:  # the reference stands beside them
