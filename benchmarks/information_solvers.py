@@ -9,7 +9,6 @@ thread; every round times all solvers once. The page is printed in Markdown.
 
 import argparse
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from hardware import processor
 from PIL import Image
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
@@ -190,7 +190,7 @@ def main() -> None:
     torch.set_num_threads(1)
     print(BEGIN)
     print(
-        f"Hardware: {platform.machine()}, {os.cpu_count()} logical cores, one thread; load "
+        f"Hardware: {processor()}, {os.cpu_count()} logical cores, one thread; load "
         f"{os.getloadavg()[0]:.1f}. torch {torch.__version__}, NumPy {np.__version__}.\nN = "
         f"{NUM_TOKENS}, D = {WIDTH}, float32; {options.images} matrices per spectrum, a tower of "
         f"{options.layers} layers, {options.rounds} rounds."

@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from functools import cache, partial
-from importlib import resources
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from targets import image_targets, patch_targets
 
+from pipeline.demo.corpus import read_photos
 from pipeline.demo.quiz import Quiz, draw_page, draw_quiz, draw_scene
 
 PER_SHARD = 500
@@ -90,10 +90,4 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 
 @cache
 def _photos() -> list[Image.Image]:
-    folder = resources.files("pipeline.demo") / "photos"
-    photos = []
-    for path in sorted(folder.iterdir(), key=lambda path: path.name):
-        if path.name.endswith(".jpg"):
-            with Image.open(io.BytesIO(path.read_bytes())) as photo:
-                photos.append(photo.convert("RGB"))
-    return photos
+    return list(read_photos().values())

@@ -109,7 +109,7 @@ def write_corpus(
         images_per_shard: at least 1; from 18 on, one image of each shard is broken.
         seed: of everything random.
     """
-    photos = _read_photos()
+    photos = read_photos()
     shards, samples = [], []
     with ThreadPoolExecutor(2) as pool:
         for shard in range(num_shards):
@@ -155,7 +155,8 @@ def write_if_changed(path: Path, content: bytes) -> None:
     os.replace(unfinished, path)
 
 
-def _read_photos() -> dict[str, Image.Image]:
+def read_photos() -> dict[str, Image.Image]:
+    """Return the photographs that come with the package, in their own modes, by name."""
     folder = resources.files("pipeline.demo") / "photos"
     photos = {}
     for name in PHOTOS:
@@ -226,7 +227,7 @@ def _draw(
 def _draw_quiz(
     photos: Mapping[str, Image.Image], rng: random.Random
 ) -> tuple[Image.Image, str, dict[str, Any]]:
-    quiz = draw_quiz(rng, [photo.convert("RGB") for photo in photos.values()])
+    quiz = draw_quiz(rng, list(photos.values()))
     asked = [asdict(question) for question in quiz.questions]
     about = {"source": "drawn", "questions": asked}
     return quiz.image, f"a picture with {len(asked)} questions", about

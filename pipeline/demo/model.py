@@ -4,8 +4,7 @@
 that loads any checkpoint. It knows the pictures of `quiz.py` and nothing else.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,10 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoProcessor, LlavaForConditionalGeneration
-from transformers.utils import logging
 
 from pipeline.consumers.hf import prepare
 from pipeline.demo.corpus import write_if_changed
+from pipeline.evaluation.answers import load_model
 
 TEMPLATE = "<image> {prompt}"
 """How a question is put to the model."""
@@ -54,9 +52,7 @@ def answer_both_ways(
     Returns:
         For each question the answer from all tokens and the one from the carved tokens.
     """
-    with _no_progress_bars():
-        model: Any = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-    processor: Any = AutoProcessor.from_pretrained(folder)
+    model, processor = load_model(str(folder))
     answers: list[tuple[str, str]] = []
     for start in range(0, len(questions), _BATCH):
         part = slice(start, start + _BATCH)
@@ -71,18 +67,6 @@ def answer_both_ways(
 
 def _generate(model: Any, processor: Any, inputs: Any) -> list[str]:  # noqa: ANN401
     with torch.inference_mode():
-        output = model.eval().generate(**inputs, max_new_tokens=_MAX_WORDS)
+        output = model.generate(**inputs, max_new_tokens=_MAX_WORDS)
     answers = output[:, inputs["input_ids"].shape[1] :]
     return [str(t) for t in processor.batch_decode(answers, skip_special_tokens=True)]
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """Keep transformers' bars off the terminal: this model is read in no time."""
-    were_on = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if were_on:
-            logging.enable_progress_bar()

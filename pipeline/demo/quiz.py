@@ -100,7 +100,7 @@ def draw_quiz(rng: random.Random, photos: Sequence[Image.Image] = ()) -> Quiz:
 
     Args:
         rng: decides everything.
-        photos: RGB pictures whose crops serve as backgrounds; none: drawn ones only.
+        photos: grey or RGB, whose crops serve as backgrounds; none: drawn ones only.
     """
     return draw_page(rng) if rng.random() < 1 / 3 else draw_scene(rng, photos)
 

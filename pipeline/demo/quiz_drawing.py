@@ -51,7 +51,7 @@ def _photo_crop(rng: random.Random, photo: Image.Image) -> Image.Image:
     """Return a part of a photograph with less contrast, so that shapes stand out."""
     edge = min(photo.size) * rng.uniform(0.3, 1)
     left, top = rng.uniform(0, photo.width - edge), rng.uniform(0, photo.height - edge)
-    crop = photo.resize((EDGE, EDGE), box=(left, top, left + edge, top + edge))
+    crop = photo.resize((EDGE, EDGE), box=(left, top, left + edge, top + edge)).convert("RGB")
     return Image.blend(Image.new("RGB", crop.size, (128, 128, 128)), crop, rng.uniform(0.4, 0.7))
 
 

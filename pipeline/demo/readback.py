@@ -60,7 +60,11 @@ def read_report(job: Job, cache: CarvedCache, corpus: Corpus, *, model: Path) ->
         stages.update(commit.details["stage_seconds"])
     num_actors = len({commit.details["pid"] for commit in commits})
     rows = list(_read_rows(cache))
-    answers = _ask(rows, corpus, model)
+    chosen = _choose(rows)
+    shown = {row.image.key for row in chosen}
+    wanted = [row.image.key for row in rows if row.questions or row.image.key in shown]
+    encoded = read_images(corpus.shards, wanted)
+    answers = _ask(rows, encoded, model)
     return DemoReport(
         plugins={
             kind: f"{plugin['name']} {json.dumps(plugin['options'])}"
@@ -81,7 +85,7 @@ def read_report(job: Job, cache: CarvedCache, corpus: Corpus, *, model: Path) ->
         stage_seconds=dict(stages),
         rejected=[r for commit in commits for r in _read_rejected(store, commit)],
         answers=[answer for of_image in answers.values() for answer in of_image],
-        pictures=_pictures(job, _choose(rows), corpus, answers),
+        pictures=_pictures(job, chosen, encoded, answers),
     )
 
 
@@ -116,12 +120,14 @@ def _rows_of(batch: Batch) -> Iterator[_Row]:
         )
 
 
-def _ask(rows: Sequence[_Row], corpus: Corpus, model: Path) -> dict[str, list[Answer]]:
+def _ask(
+    rows: Sequence[_Row], encoded: Mapping[str, bytes], model: Path
+) -> dict[str, list[Answer]]:
     """Ask what is asked of each image; return the answers by key."""
     asked = [(row, question) for row in rows for question in row.questions]
     pixels = {
-        key: Image.fromarray(decode_image(encoded, key=key))
-        for key, encoded in read_images(corpus.shards, [r.image.key for r, _ in asked]).items()
+        key: Image.fromarray(decode_image(encoded[key], key=key))
+        for key in {row.image.key for row, _ in asked}
     }
     pairs = answer_both_ways(
         model,
@@ -150,9 +156,11 @@ def _choose(rows: Sequence[_Row]) -> list[_Row]:
 
 
 def _pictures(
-    job: Job, chosen: Sequence[_Row], corpus: Corpus, answers: Mapping[str, Sequence[Answer]]
+    job: Job,
+    chosen: Sequence[_Row],
+    encoded: Mapping[str, bytes],
+    answers: Mapping[str, Sequence[Answer]],
 ) -> list[CarvedPicture]:
-    encoded = read_images(corpus.shards, [row.image.key for row in chosen])
     return [
         CarvedPicture(
             key=row.image.key,
