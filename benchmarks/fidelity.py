@@ -27,13 +27,16 @@ import fidelity_page
 from fidelity_groups import (
     CALIBRATED,
     CODEC_BUDGET,
+    DEFAULT,
     OWN_FORMS,
+    PLACEMENTS,
     Group,
     budget_options,
     carver_cuts,
     cut,
     full_cuts,
     measure,
+    placed_cuts,
     rehearse,
     with_cuts,
 )
@@ -86,11 +89,16 @@ class Bench:
             (f"carver-{_slug(name, options)}", carver_cuts(name, options, self.calibrated(name)))
             for name, options in self._forms()
         ]
+        placed = [
+            (f"placed-{name}", placed_cuts(carver_cuts(name, options, self.calibrated(name))))
+            for name, options in self._forms()
+            if not options
+        ]
         stored = [(f"codecs-{name}", self._codec_cuts(name)) for name in self.options.codec_carvers]
         read = [(f"reads-{name}", self._read_cuts(name)) for name in self.options.read_carvers]
         groups = [
             Group(name=name, task=with_cuts(self.task, cuts))
-            for name, cuts in (*full, *made, *stored, *read)
+            for name, cuts in (*full, *made, *placed, *stored, *read)
         ]
         return [*groups, Group(name="online", task=with_cuts(self.task, []), online=True)]
 
@@ -138,7 +146,8 @@ class Bench:
     def _codec_cuts(self, name: str) -> list[Any]:
         names = [codec for codec in codecs.names() if codec != CODEC]
         carver = with_budget(name, {}, CODEC_BUDGET)
-        return [cut(carver, name, {}, CODEC_BUDGET, codecs=names)]
+        placements = ("packed", *PLACEMENTS) if name == DEFAULT else ("packed",)
+        return [cut(carver, name, {}, CODEC_BUDGET, codecs=names, placements=placements)]
 
     def _read_cuts(self, name: str) -> list[Any]:
         return [cut(with_budget(name, {}, BUDGETS[0]), name, {}, BUDGETS[0], reads=BUDGETS[1:])]
@@ -259,12 +268,19 @@ def parse_options() -> argparse.Namespace:
     )
     parser.add_argument("--carvers", type=_names, default=[], help="A,B; default: all")
     parser.add_argument(
-        "--codec-carvers", type=_names, default=["tokencarve", "divprune", "average_pool"]
+        "--codec-carvers", type=_names, default=[DEFAULT, "tokencarve", "divprune", "average_pool"]
     )
     parser.add_argument(
         "--read-carvers",
         type=_names,
-        default=["tokencarve", "tokencarve_floor", "divprune", "visionzip", "uniform_grid"],
+        default=[
+            DEFAULT,
+            "tokencarve",
+            "tokencarve_floor",
+            "divprune",
+            "visionzip",
+            "uniform_grid",
+        ],
         help="read also in part of what 1/3 stored",
     )
     parser.add_argument("--threads", type=int, default=2, help="groups measured at once")

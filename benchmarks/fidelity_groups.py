@@ -24,9 +24,15 @@ from pipeline.evaluation.results import ResultWriter
 from pipeline.evaluation.run import Share
 from pipeline.evaluation.task import EvaluationTask
 from pipeline.evaluation.variants import FULL, UNCOMPRESSED, Cut, Grid, budget_option, with_budget
+from pipeline.types import Placement
 
 CODEC_BUDGET = 2 / 9
-"""At which codecs are compared."""
+"""At which codecs and placements are compared."""
+
+DEFAULT = "carve_default"
+
+PLACEMENTS: tuple[Placement, ...] = ("original", "weighted")
+"""Beside `packed`, in which everything else is measured."""
 
 OWN_FORMS = {
     "tokencarve": [
@@ -93,6 +99,7 @@ def cut(carver: Carver, name: str, options: dict[str, Any], budget: float, **how
         budget=budget,
         reads=how.get("reads", (budget,)),
         codecs=[(PluginConfig(name=codec), codecs.build(codec)) for codec in names],
+        placements=how.get("placements", ("packed",)),
     )
 
 
@@ -119,6 +126,19 @@ def carver_cuts(name: str, options: dict[str, Any], calibrated: Sequence[Carver]
         ]
     made = calibrated or [with_budget(name, options, budget) for budget in BUDGETS]
     return [cut(one, name, shown, b) for one, b in zip(made, BUDGETS, strict=True)]
+
+
+def placed_cuts(cuts: Sequence[Cut]) -> list[Cut]:
+    """Return what is measured in other placements: one budget, of the default carver all.
+
+    Args:
+        cuts: of a carver at every budget.
+    """
+    return [
+        replace(one, placements=PLACEMENTS)
+        for one, budget in zip(cuts, BUDGETS, strict=True)
+        if budget == CODEC_BUDGET or one.name == DEFAULT
+    ]
 
 
 def budget_options(name: str, budget: float) -> dict[str, float]:

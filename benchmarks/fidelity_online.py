@@ -50,6 +50,7 @@ def online_variant(mode: str, budget: float) -> Variant:
         read=budget,
         codec=CODEC,
         codec_options="{}",
+        placement="original",
     )
 
 
@@ -88,7 +89,7 @@ class OnlineShare:
         full = self._encode(batch)
         codec = codecs.build(CODEC)
         whole = [
-            store(one, codec)
+            store(one, codec, num_source=len(features_ND))
             for features_ND in full
             for one in carvers.build(FULL).carve(
                 VisualTokens(features=features_ND[None], grid=(1, len(features_ND)))

@@ -30,7 +30,7 @@ class Results:
 
     sums: Sums  # of every variant
     compared: Means  # carvers with one codec, and progressive reads
-    others: Means  # codecs, and the online form
+    others: Means  # codecs, placements, and the online form
     rows: Sequence[dict[str, Any]]  # of both, as `findings` has them
     bootstrap: Bootstrap
 
@@ -84,7 +84,9 @@ def read_results(groups: Sequence[Group], root: Path, *, resamples: int) -> Resu
     """Sum up the tables of all groups."""
     sums = {group.name: sum_up(*read_tables(group.folder(root))) for group in groups}
     carved = [part for name, part in sums.items() if name.startswith(("full", "carver-", "reads-"))]
-    stored = [part for name, part in sums.items() if name.startswith(("codecs-", "online"))]
+    stored = [
+        part for name, part in sums.items() if name.startswith(("codecs-", "placed-", "online"))
+    ]
     whole = join([*carved, *stored])
     wanted = [("identity", c) for c in ("fp32", "fp16")]
     compared = _some(

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 
-from fidelity_groups import CODEC_BUDGET
+from fidelity_groups import CODEC_BUDGET, PLACEMENTS
 from fidelity_results import Results
 from fidelity_tables import (
     at_budget,
     baseline,
     full_tokens,
     online_modes,
+    placed,
     points,
     question_free_forms,
     stored_variants,
@@ -27,6 +28,7 @@ def sentences(results: Results) -> str:
     lines = [_best_line(results, budget) for budget in results.compared.budgets]
     for budget in results.compared.budgets:
         lines += _online_lines(results, budget)
+    lines.append(_placement_line(results))
     lines.append(_read_line(results))
     lines.append(_wish_line(results))
     lines.append(_information_line(results))
@@ -70,6 +72,26 @@ def _online_lines(results: Results, budget: float) -> Iterator[str]:
 
 def _default(forms: Sequence[Variant]) -> Variant:
     return next(v for v in forms if (v.carver, v.carver_options) == ("tokencarve", "{}"))
+
+
+def _placement_line(results: Results) -> str:
+    """Return how much places and weights are worth, and who is best with them."""
+    ranked = at_budget(results, CODEC_BUDGET)
+    found = {}
+    for name in PLACEMENTS:
+        pairs = [(v, other) for v in ranked if (other := placed(results, v, name)) is not None]
+        if not pairs:
+            return ""
+        better = sum(surely(results.difference(other, v)) > 0 for v, other in pairs)
+        best = max((other for _, other in pairs), key=lambda v: results.mean(v, "accuracy").mean)
+        found[name] = (better, len(pairs), best)
+    said = [
+        f"`{name}` is surely better than `packed` for {better} of {count} carvers, best "
+        f"`{carver_label(best)}`, {points(results.difference(best, full_tokens(results)))} points "
+        "against full tokens"
+        for name, (better, count, best) in found.items()
+    ]
+    return f"At {share(CODEC_BUDGET)}, placement: {'; '.join(said)}."
 
 
 def _read_line(results: Results) -> str:

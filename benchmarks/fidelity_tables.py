@@ -1,8 +1,9 @@
 """The tables of `fidelity.py`'s page that `carve evaluate` does not have."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
-from fidelity_groups import CODEC_BUDGET
+from fidelity_groups import CODEC_BUDGET, PLACEMENTS
 from fidelity_online import CODEC
 from fidelity_results import Results, is_online
 
@@ -18,6 +19,7 @@ def own_tables(results: Results) -> list[Table]:
         *_standing(results),
         _against_pooling(results),
         _winners(results),
+        _placements(results),
         *_codecs(results),
         _front(results),
         *_online(results),
@@ -95,6 +97,43 @@ def _winners(results: Results) -> Table:
         head=["tokens", *families],
         rows=rows,
     )
+
+
+def _placements(results: Results) -> Table:
+    """Return what every carver comes to where its tokens stand elsewhere and count for more."""
+    rows = []
+    for variant in at_budget(results, CODEC_BUDGET):
+        original, weighted = (placed(results, variant, name) for name in PLACEMENTS)
+        if original is None or weighted is None:
+            continue
+        rows.append(
+            [
+                carver_label(variant),
+                percent(results.mean(variant, "accuracy")),
+                percent(results.mean(original, "accuracy")),
+                percent(results.mean(weighted, "accuracy")),
+                points(results.difference(weighted, variant)),
+                points(results.difference(weighted, full_tokens(results))),
+                _worst(results, weighted),
+            ]
+        )
+    return Table(
+        title=f"Where tokens stand and what they count for, at {share(CODEC_BUDGET)}",
+        note="Accuracy, %, mean over families: tokens one behind the other (`packed`, as in every "
+        "other table), at the positions they had (`original`), and there with each counting for "
+        "as many as it stands for (`weighted`; the same as `original` where nothing is merged).",
+        head=[
+            *("carver", "packed", "original", "weighted"),
+            *("weighted against packed, points", "weighted against full tokens", "worst family"),
+        ],
+        rows=rows,
+    )
+
+
+def placed(results: Results, variant: Variant, placement: str) -> Variant | None:
+    """Return a variant in another placement; None if it was not measured."""
+    found = replace(variant, placement=placement)
+    return found if found in results.places else None
 
 
 def _codecs(results: Results) -> Iterator[Table]:

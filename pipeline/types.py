@@ -6,6 +6,7 @@ B images of one grid, N visual tokens of an image, K tokens kept, D feature widt
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import Tensor
 
@@ -87,6 +88,19 @@ class CarvedTokens:
     positions: Tensor  # (K,) int64, ascending, unique, in [0, N): where each token came from
     sizes: Tensor  # (K,) float32 >= 1: how many source tokens it stands for
     ranks: Tensor  # (K,) int64, a permutation of 0..K-1: 0 is the token to keep if only one may
+
+
+Placement = Literal["packed", "original", "weighted"]
+"""Where kept tokens stand in a prompt, and what each counts for.
+
+`packed`: one behind the other, as in any prompt: what every engine can do. `original`: each at the
+position that it had among all tokens of its image, and the text behind the image where it would
+stand behind all of them. `weighted`: like `original`, and a token that stands for s source tokens
+is attended to as s equal tokens would be: log s is added to its attention scores (proportional
+attention; Bolya et al., Token Merging, arXiv 2210.09461, section 3). For LLaVA-1.5-7B at 64 of 576
+tokens merged by RESTORE on HoloV's selection, 8 sets, its authors report (arXiv 2606.01711) 93.5 %
+of full tokens' scores packed, 90.1 at original positions, and 95.3 there with this term.
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

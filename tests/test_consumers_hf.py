@@ -20,7 +20,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from pipeline.consumers.hf import prepare
+from pipeline.consumers.hf import prepare, weighted_generate
 from pipeline.errors import ConfigError
 
 WORDS = [
@@ -406,3 +406,125 @@ def test_a_tokenizer_with_nothing_to_pad_with_is_refused(llava, tokenizer):
 
     with pytest.raises(ConfigError, match=r"set tokenizer\.pad_token"):
         prepare(llava, words, ["what is", "dog"], [])
+
+
+@dataclass
+class PlacedRow:
+    features: Tensor
+    positions: Tensor
+    sizes: Tensor
+    grid: tuple[int, int, int] = (1, GRID, GRID)
+
+
+def placed(positions: list[int], sizes: list[float] | None = None, seed: int = 0) -> PlacedRow:
+    """Return some of the 16 tokens of an image."""
+    where = torch.tensor(positions)
+    weights = torch.tensor(sizes) if sizes else torch.ones(len(positions))
+    return PlacedRow(random_features(GRID * GRID, seed=seed)[where], where, weights)
+
+
+PLACED_PROMPTS = ["what is <image> in this <image> picture answer", "is <image> two cats"]
+
+
+def placed_rows() -> list[PlacedRow]:
+    return [placed([0, 3, 7, 15]), placed([5], seed=1), placed([1, 2, 14], seed=2)]
+
+
+def logits_of(model, inputs) -> Tensor:
+    with torch.no_grad():
+        return model(**inputs).logits[:, -1]
+
+
+def test_original_places_equal_full_images_whose_other_tokens_are_masked(llava, tokenizer):
+    rows = placed_rows()
+    inputs = prepare(llava, tokenizer, PLACED_PROMPTS, rows, placement="original")
+
+    full = [random_features(GRID * GRID, seed=seed) for seed in range(3)]
+    masked = prepare(llava, tokenizer, PLACED_PROMPTS, full)
+    is_image = masked["input_ids"] == IMAGE
+    kept = torch.cat([torch.zeros(16).index_fill(0, row.positions, 1) for row in rows])
+    positions = (masked["attention_mask"].cumsum(1) - 1).clamp_min(0)
+    masked["attention_mask"][is_image] = kept.long()
+    # One of the placed prompts is masked from here on: no position may follow from the mask.
+    expected = logits_of(llava, {**masked, "position_ids": positions})
+
+    torch.testing.assert_close(logits_of(llava, inputs), expected, atol=1e-4, rtol=0)
+    packed = logits_of(llava, prepare(llava, tokenizer, PLACED_PROMPTS, rows))
+    assert (packed - expected).abs().max() > 1e-2
+
+
+def test_a_weighted_token_counts_as_so_many_equal_tokens(tokenizer):
+    """With one layer exactly; in deeper ones a copy would see only those before it."""
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**vision_options()),
+        text_config=LlamaConfig(**{**text_options(), "num_hidden_layers": 1}),
+        image_token_id=IMAGE,
+    )
+    llava = build(LlavaForConditionalGeneration, config)
+    row = placed([0, 3, 7, 15], [1.0, 5.0, 2.0, 8.0])
+    repeats = row.sizes.long()
+    copies = PlacedRow(
+        features=row.features.repeat_interleave(repeats, dim=0),
+        positions=row.positions.repeat_interleave(repeats),
+        sizes=torch.ones(16),
+    )
+    prompt = PLACED_PROMPTS[1:]
+
+    weighted = prepare(llava, tokenizer, prompt, [row], placement="weighted")
+    copied = prepare(llava, tokenizer, prompt, [copies], placement="original")
+
+    expected = logits_of(llava, copied)
+    torch.testing.assert_close(logits_of(llava, weighted), expected, atol=1e-4, rtol=0)
+    unweighted = prepare(llava, tokenizer, prompt, [row], placement="original")
+    assert (logits_of(llava, unweighted) - expected).abs().max() > 1e-2
+    said = weighted_generate(llava, weighted, max_new_tokens=5, do_sample=False)
+    again = weighted_generate(llava, copied, max_new_tokens=5, do_sample=False)
+    new = said[0, weighted["input_ids"].shape[1] :].tolist()
+    assert new == again[0, copied["input_ids"].shape[1] :].tolist()
+
+
+def test_every_placement_of_all_tokens_is_the_same(llava, tokenizer):
+    rows = [placed(list(range(16)), seed=seed) for seed in range(3)]
+    packed, *others = (
+        logits_of(llava, prepare(llava, tokenizer, PLACED_PROMPTS, rows, placement=placement))
+        for placement in ("packed", "original", "weighted")
+    )
+
+    for other in others:
+        torch.testing.assert_close(other, packed, atol=1e-5, rtol=0)
+
+
+def test_weighted_generate_leaves_nothing_behind(llava, tokenizer):
+    prompt, row = PLACED_PROMPTS[1:], placed([0, 3], [4.0, 12.0])
+    plain = prepare(llava, tokenizer, prompt, [row])
+    before = logits_of(llava, plain)
+
+    inputs = prepare(llava, tokenizer, prompt, [row], placement="weighted")
+    weighted_generate(llava, inputs, max_new_tokens=2)
+
+    assert torch.equal(logits_of(llava, plain), before)
+    assert "position_bias" in inputs
+    with pytest.raises(ConfigError, match="num_beams=1"):
+        weighted_generate(llava, inputs, max_new_tokens=2, num_beams=2)
+
+
+def test_placements_that_cannot_be_are_refused(llava, llava_next, tokenizer):
+    prompt, row = PLACED_PROMPTS[1:], placed([0, 3])
+    with pytest.raises(ConfigError, match="no placement 'heavy'; known: packed, original, weig"):
+        prepare(llava, tokenizer, prompt, [row], placement="heavy")
+    with pytest.raises(ConfigError, match=r"'llava_next' can only be .* 'packed'"):
+        prepare(llava_next, tokenizer, prompt, [row], placement="original")
+    with pytest.raises(TypeError, match="image 0 is a Tensor without positions"):
+        prepare(llava, tokenizer, prompt, [row.features], placement="original")
+    outside = PlacedRow(row.features, torch.tensor([0, 16]), row.sizes)
+    with pytest.raises(ValueError, match="position 16 of a grid"):
+        prepare(llava, tokenizer, prompt, [outside], placement="original")
+
+
+def test_attention_that_would_leave_the_weights_out_is_refused(llava, tokenizer):
+    llava.set_attn_implementation("eager")
+    try:
+        with pytest.raises(ConfigError, match="attn_implementation='sdpa'"):
+            prepare(llava, tokenizer, PLACED_PROMPTS[1:], [placed([0])], placement="weighted")
+    finally:
+        llava.set_attn_implementation("sdpa")

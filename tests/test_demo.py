@@ -165,7 +165,7 @@ def test_uncarved_tokens_of_the_encoder_give_the_answers_that_pixels_give(model:
     right = [
         full == question.answer for (full, _), (_, question) in zip(answers, asked, strict=True)
     ]
-    assert np.mean(right) > 0.8  # it is trained: held out it answers more than that
+    assert np.mean(right) > 0.9  # it is trained: held out it answers more than that
 
 
 def test_the_report_is_one_valid_page_with_the_numbers(page: str) -> None:
@@ -300,7 +300,7 @@ def test_the_demo_runs_from_end_to_end_and_has_nothing_to_do_the_second_time(
     assert right is not None, first.stdout
     carved, asked, full = map(int, right.groups())
     assert asked > 100
-    assert full >= 0.7 * asked
+    assert full >= 0.85 * asked
     assert 0 < carved <= asked
     assert second.returncode == 0, second.stderr
     assert f"nothing to do: all 6 shards are in {tmp_path / 'demo' / 'cache'}" in second.stdout

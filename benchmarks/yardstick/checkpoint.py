@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from targets import PATCH
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     CLIPVisionConfig,
@@ -17,13 +18,12 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from pipeline.demo.quiz import GLYPHS, MAX_COUNT, PLACES, SIDES
 from pipeline.demo.quiz_drawing import COLORS, EDGE, PATTERNS, SHAPES
 
-PATCH = 14
 WIDTH = 192
 TOWER_LAYERS, TEXT_LAYERS = 6, 5
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 PAD, BOS, EOS, UNK, IMAGE = range(len(SPECIAL))
-_WORDS = "read the plate at what color is pattern on how many shapes where from number in line"
+_WORDS = "read the plate that is at what color pattern on count every where from number in line"
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:

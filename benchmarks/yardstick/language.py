@@ -11,30 +11,35 @@ P image tokens, T text tokens.
 
 import json
 import random
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from checkpoint import BOS, EOS, PAD
+from steps import Plan, run_steps
 from targets import HEADS, patch_words
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
-from tower import Plan, choose, load_state, make_optimizer, patch_loss, save_state
+from tower import patch_loss
 
 from pipeline import open_cache
 from pipeline.dataset import CarvedDataset
 from pipeline.demo.quiz import FAMILIES
 
-_PER_FAMILY = {"read": 4, "attribute": 3, "count": 3, "relation": 3, "page": 6}
-_MAX_ONES = 1  # answers "1" to "how many": or that would be the right guess four times of five
+PER_FAMILY: Mapping[str, int] = {
+    "read": 4,
+    "attribute": 3,
+    "count": 3,
+    "relation": 3,
+    "page": 6,
+}
+"""Questions asked of an image in one step, at most."""
+
 _WORDS_TO_REST = 10.0  # weight of the words' loss, a mean over the vocabulary
 _WORD_WEIGHT = 5.0  # of a word that is true of a patch: few are
 _IGNORED = -100
-_GRADIENT_NORM = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,27 +81,20 @@ def align_projector(
     embeddings = model.model.language_model.embed_tokens
     projector = model.model.multi_modal_projector
     rest = nn.Linear(embeddings.embedding_dim, sum(HEADS.values()))
-    bias_V = nn.Parameter(torch.full((embeddings.num_embeddings,), -4.0))
-    parameters = [*projector.parameters(), embeddings.weight, *rest.parameters(), bias_V]
-    optimizer, scheduler = make_optimizer(parameters, plan)
-    losses = []
-    for step in range(plan.num_steps):
-        chosen = choose(len(features_MPD), plan.batch_size, step)
+    bias = nn.ParameterList([torch.full((embeddings.num_embeddings,), -4.0)])
+
+    def loss_of(_: int, chosen: Tensor) -> Tensor:
         words_BPV = torch.from_numpy(patch_words(patches_MPH[chosen].numpy(), vocabulary))
         projected_BPD = projector(features_MPD[chosen].float())
         loss = F.binary_cross_entropy_with_logits(
-            projected_BPD @ embeddings.weight.T + bias_V,
+            projected_BPD @ embeddings.weight.T + bias[0],
             words_BPV.float(),
             pos_weight=torch.tensor(_WORD_WEIGHT),
         )
-        loss = _WORDS_TO_REST * loss + patch_loss(rest(projected_BPD), patches_MPH[chosen])
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        scheduler.step()
-        losses.append(loss.item())
-        if (step + 1) % 200 == 0:
-            yield f"step {step + 1}: loss {np.mean(losses[-200:]):.4f}"
+        return _WORDS_TO_REST * loss + patch_loss(rest(projected_BPD), patches_MPH[chosen])
+
+    modules = [projector, embeddings, rest, bias]
+    yield from run_steps(modules, plan, num_images=len(features_MPD), loss_of=loss_of)
 
 
 def load_lessons(url: str, tokenizer: Any) -> Lessons:  # noqa: ANN401
@@ -124,39 +122,28 @@ def train_language(
     *,
     plan: Plan,
     state_path: Path,
+    per_family: Mapping[str, int] = PER_FAMILY,
 ) -> Iterator[str]:
     """Train the projector and the language model of a LLaVA, whose head is its word embeddings.
 
-    Yields lines of a log.
-
-    All random choices are drawn from the step's number. Interrupted, it goes on from the last
-    state written.
+    Yields lines of a log with the share of right answers since the last. See `run_steps`.
     """
-    parts = [model.model.multi_modal_projector, model.model.language_model]
-    parameters = [weight for part in parts for weight in part.parameters()]
-    optimizer, scheduler = make_optimizer(parameters, plan)
-    first = load_state(state_path, *parts, optimizer, scheduler)
-    started, losses, right = time.monotonic(), [], dict.fromkeys(FAMILIES, (0, 0))
-    for step in range(first, plan.num_steps):
-        chosen = choose(len(lessons.questions), plan.batch_size, step)
+    right = dict.fromkeys(FAMILIES, (0, 0))
+
+    def loss_of(step: int, chosen: Tensor) -> Tensor:
         rng = random.Random(step)
-        asked = [_sample(lessons.questions[i], rng) for i in chosen.tolist()]
+        asked = [_sample(lessons.questions[i], per_family, rng) for i in chosen.tolist()]
         loss, found = _loss(model, lessons.features[chosen], asked)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, _GRADIENT_NORM)
-        optimizer.step()
-        scheduler.step()
-        losses.append(loss.item())
-        for family, (good, total) in found.items():
-            right[family] = (right[family][0] + good, right[family][1] + total)
-        if (step + 1) % 50 == 0 or step + 1 == plan.num_steps:
-            seconds = (time.monotonic() - started) / (step + 1 - first)
-            shares = {f: round(g / max(t, 1), 3) for f, (g, t) in right.items()}
-            loss_now = np.mean(losses[-50:])
-            yield f"step {step + 1}: loss {loss_now:.4f}, {seconds:.2f} s a step, {shares}"
-            right = dict.fromkeys(FAMILIES, (0, 0))
-            save_state(state_path, step + 1, *parts, optimizer, scheduler)
+        _count(right, found)
+        return loss
+
+    modules = [model.model.multi_modal_projector, model.model.language_model]
+    num_images = len(lessons.questions)
+    for line in run_steps(
+        modules, plan, num_images=num_images, loss_of=loss_of, state_path=state_path
+    ):
+        yield f"{line}, { ({family: round(value, 3) for family, value in _shares(right).items()}) }"
+        right.update(dict.fromkeys(FAMILIES, (0, 0)))
 
 
 def measure_answers(model: Any, lessons: Lessons) -> dict[str, float]:  # noqa: ANN401
@@ -166,8 +153,17 @@ def measure_answers(model: Any, lessons: Lessons) -> dict[str, float]:  # noqa: 
         for index, questions in enumerate(lessons.questions):
             features = lessons.features[index].expand(len(questions), -1, -1)
             _, found = _loss(model, features, [[question] for question in questions])
-            for family, (good, total) in found.items():
-                right[family] = (right[family][0] + good, right[family][1] + total)
+            _count(right, found)
+    return _shares(right)
+
+
+def _count(right: dict[str, tuple[int, int]], found: Mapping[str, tuple[int, int]]) -> None:
+    """Add right and asked questions by family to those counted before."""
+    for family, (good, total) in found.items():
+        right[family] = (right[family][0] + good, right[family][1] + total)
+
+
+def _shares(right: Mapping[str, tuple[int, int]]) -> dict[str, float]:
     return {family: good / max(total, 1) for family, (good, total) in right.items()}
 
 
@@ -177,7 +173,7 @@ def _take(dataset, rows, features, questions, tokenizer) -> None:  # noqa: ANN00
     for place, key in enumerate(batch.keys):
         features[key] = padded.features[place].clone()
         asked = json.loads(batch.columns["json"][place])["questions"]
-        questions[key] = [_tokenize(question, tokenizer) for question in _balanced(asked)]
+        questions[key] = [_tokenize(question, tokenizer) for question in asked]
 
 
 def _tokenize(question: Mapping[str, str], tokenizer: Any) -> Asked:  # noqa: ANN401
@@ -186,18 +182,13 @@ def _tokenize(question: Mapping[str, str], tokenizer: Any) -> Asked:  # noqa: AN
     return Asked(family=question["family"], prompt=tuple(words), answer=(*answer, EOS))
 
 
-def _balanced(asked: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
-    """Leave out questions whose answer could be guessed."""
-    ones = [q for q in asked if q["family"] == "count" and q["answer"] == "1"]
-    left_out = ones[_MAX_ONES:]
-    return [question for question in asked if question not in left_out]
-
-
-def _sample(questions: Sequence[Asked], rng: random.Random) -> list[Asked]:
+def _sample(
+    questions: Sequence[Asked], per_family: Mapping[str, int], rng: random.Random
+) -> list[Asked]:
     chosen = []
     for family in FAMILIES:
         of_family = [question for question in questions if question.family == family]
-        chosen += rng.sample(of_family, min(len(of_family), _PER_FAMILY[family]))
+        chosen += rng.sample(of_family, min(len(of_family), per_family[family]))
     rng.shuffle(chosen)
     return chosen
 

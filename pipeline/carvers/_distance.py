@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from pipeline.carvers import _similarity
+from pipeline.types import VisualTokens
 
 SAME = 1e-6
 """Cosine distance up to which tokens count as equal; float32 products are this exact."""
@@ -31,3 +32,13 @@ def most_isolated(distances_BNN: Tensor) -> Tensor:
         distances_BNN: of all pairs, with a diagonal of infinities.
     """
     return distances_BNN.amin(dim=2).argmax(dim=1)
+
+
+def grid_squares(tokens: VisualTokens) -> Tensor:
+    """Return (N, N) float32 of the grid's cells; infinite between cells of different views."""
+    rows, columns = tokens.grid
+    cells_n2 = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).float()
+    squares_nn = (cells_n2[:, None] - cells_n2[None]).square().sum(dim=2)
+    views_V = torch.arange(tokens.num_views).repeat_interleave(len(cells_n2))
+    squares_NN = squares_nn.repeat(tokens.num_views, tokens.num_views)
+    return squares_NN.masked_fill(views_V[:, None] != views_V, torch.inf)

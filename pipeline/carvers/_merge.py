@@ -5,6 +5,7 @@ B images, N tokens, M rows, G groups, D feature width.
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from pipeline.carvers import _ops
 
@@ -26,3 +27,11 @@ def group_means(
     """Return (B, G, D) plain means, (B, G) sizes and (B, G) lower median positions of groups."""
     means_BGD, sizes_BG = _ops.group_mean(features_BND, owners_BN, num_groups)
     return means_BGD, sizes_BG, median_positions(owners_BN, num_groups)
+
+
+def put(values_BX: Tensor, places_Bk: Tensor, given_Bk: Tensor, is_given_Bk: Tensor) -> Tensor:
+    """Return values with those given at their places."""
+    # What is not given goes into a column that is cut off.
+    padded_BX = functional.pad(values_BX, (0, 1))
+    places_Bk = places_Bk.where(is_given_Bk, values_BX.shape[1])
+    return padded_BX.scatter(1, places_Bk, given_Bk)[:, :-1]

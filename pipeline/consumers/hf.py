@@ -7,14 +7,18 @@ Nothing of the vision tower is used, so it need not be on the accelerator.
 T text and image tokens of the longest prompt; P prompts.
 """
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import Any, Protocol, get_args, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from pipeline.errors import ConfigError
+from pipeline.types import Placement
 
 MODEL_TYPES = frozenset({"llava", "llava_next", "llava_onevision"})
 """`config.model_type` of the models served. Others place image tokens on a grid (Qwen-VL) or take
@@ -22,6 +26,10 @@ their features in another form (InternVL, Gemma)."""
 
 PROJECTED_HERE = frozenset({"llava"})
 """Those whose `pre_projector` features can be used: the others cut and pad after projecting."""
+
+PLACED = frozenset({"llava"})
+"""Those whose image is its grid of tokens and nothing else, so that tokens can stand in their
+original places: the others put ends of rows between them, and tiles of several sizes."""
 
 STAGES = ("projected", "pre_projector")
 """Stages of stored features: as the language model takes them, or as the tower gives them."""
@@ -35,6 +43,23 @@ class HasFeatures(Protocol):
         """(K, D) features of one image."""
 
 
+@runtime_checkable
+class HasPlaces(HasFeatures, Protocol):
+    """Features, and where they come from: a row of a cache."""
+
+    @property
+    def positions(self) -> Tensor:
+        """(K,) int64 in [0, N), ascending: which of the image's N tokens each was."""
+
+    @property
+    def sizes(self) -> Tensor:
+        """(K,) float32: how many source tokens each stands for."""
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Time, rows, columns before carving; N is their product."""
+
+
 def prepare(
     model: Any,  # noqa: ANN401  (transformers is untyped)
     processor: Any,  # noqa: ANN401
@@ -42,6 +67,7 @@ def prepare(
     carved: Sequence[Tensor | HasFeatures],
     *,
     stage: str = "projected",
+    placement: Placement = "packed",
 ) -> dict[str, Any]:
     """Return the inputs of `generate` and `forward` for prompts with cached images.
 
@@ -58,30 +84,104 @@ def prepare(
             object that holds them as `features`; any float dtype, any device.
         stage: where the features were stored. `pre_projector` ones go through the model's own
             projector here, with gradients where they are enabled, so that it can be trained.
+        placement: of the kept tokens. All but `packed` need images that say where their tokens
+            come from (`HasPlaces`).
 
     Returns:
         `input_ids` (P, T) int64, `attention_mask` (P, T) int64, and, where there are images,
-        `mm_encoder_outputs`; on the model's device.
+        `mm_encoder_outputs`; on the model's device. Besides, with `original` and `weighted`,
+        `position_ids` (P, T) int64, and with `weighted` `position_bias` (P, 1, 1, T), which
+        `forward` takes and `generate` does not: see `weighted_generate`.
 
     Raises:
-        ConfigError: the model, the tokenizer or the stage cannot be used this way, or the
-            features are of another width than the model's.
+        ConfigError: the model, the tokenizer, the stage or the placement cannot be used this way,
+            or the features are of another width than the model's.
         ValueError: no prompts, an image without tokens, or not as many images as image tokens.
+        TypeError: an image without places where they are needed.
     """
     _check_model(model, stage)
+    _check_placement(model, placement)
     rows = [_rows(image, index) for index, image in enumerate(carved)]
     tokenizer = getattr(processor, "tokenizer", processor)
-    ids = _expand(_tokenize(tokenizer, prompts), model.config.image_token_id, rows)
-    input_ids_PT, mask_PT = _pad_left(ids, _pad_id(tokenizer, model.config.image_token_id))
+    written = _tokenize(tokenizer, prompts)
+    ids = _expand(written, model.config.image_token_id, rows)
+    pad_id = _pad_id(tokenizer, model.config.image_token_id)
     inputs: dict[str, Any] = {
-        "input_ids": input_ids_PT.to(model.device),
-        "attention_mask": mask_PT.to(model.device),
+        "input_ids": _pad_left(ids, pad_id).to(model.device),
+        "attention_mask": _pad_left([torch.ones_like(i) for i in ids], 0).to(model.device),
     }
+    if placement != "packed":
+        images_of = _images_of(written, model.config.image_token_id, with_places(carved))
+        pairs = list(zip(written, images_of, strict=True))
+        image_id = int(model.config.image_token_id)
+        places = [_places(prompt, own, image_id) for prompt, own in pairs]
+        inputs["position_ids"] = _pad_left(places, 0).to(model.device)
+        if placement == "weighted":
+            biases = [_biases(prompt, own, image_id) for prompt, own in pairs]
+            bias_PT = _pad_left(biases, 0.0).to(model.device, model.dtype)
+            inputs["position_bias"] = bias_PT[:, None, None]
     if rows:
         features = _features(model, rows, stage)
         outputs = BaseModelOutputWithPooling(pooler_output=features)
         inputs["mm_encoder_outputs"] = {"image": outputs}
     return inputs
+
+
+def with_places(images: Sequence[Tensor | HasFeatures]) -> list[HasPlaces]:
+    """Return the images if all say where their tokens come from.
+
+    Raises:
+        TypeError: one does not.
+        ValueError: one has a token outside its grid.
+    """
+    checked = []
+    for index, image in enumerate(images):
+        if not isinstance(image, HasPlaces):
+            raise TypeError(
+                f"image {index} is a {type(image).__name__} without positions, sizes and grid, "
+                "which only placement 'packed' can do without; give what a cache or a dataset gave"
+            )
+        last, num_source = int(image.positions.max()), prod(image.grid)
+        if last >= num_source:
+            raise ValueError(
+                f"image {index} has a token at position {last} of a grid {image.grid}, which has "
+                f"{num_source}"
+            )
+        checked.append(image)
+    return checked
+
+
+def weighted_generate(model: Any, inputs: Mapping[str, Any], **options: Any) -> Any:  # noqa: ANN401
+    """Call `generate` with inputs that hold a `position_bias`, which it would refuse.
+
+    Args:
+        model: the model that they were prepared for.
+        inputs: of `prepare`; those of any placement can be given.
+        options: of `generate`. Searches with beams and with an assistant are not served: they
+            reorder or repeat prompts.
+
+    Returns:
+        What `generate` does.
+    """
+    inputs = dict(inputs)
+    bias_P11T = inputs.pop("position_bias", None)
+    if bias_P11T is None:
+        return model.generate(**inputs, **options)
+    if options.get("num_beams", model.generation_config.num_beams or 1) != 1:
+        raise ConfigError("placement 'weighted' cannot search with beams; set num_beams=1")
+
+    def add_bias(_: nn.Module, args: tuple[Any, ...], values: dict[str, Any]) -> Any:  # noqa: ANN401
+        known = values.get("past_key_values")
+        num_known = 0 if known is None else known.get_seq_length()
+        num_columns = num_known + values["inputs_embeds"].shape[1]
+        more = num_columns - bias_P11T.shape[-1]
+        return args, {**values, "position_bias": functional.pad(bias_P11T, (0, more))}
+
+    hook = model.base_model.language_model.register_forward_pre_hook(add_bias, with_kwargs=True)
+    try:
+        return model.generate(**inputs, **options)
+    finally:
+        hook.remove()
 
 
 def _check_model(model: Any, stage: str) -> None:  # noqa: ANN401
@@ -101,6 +201,25 @@ def _check_model(model: Any, stage: str) -> None:  # noqa: ANN401
         raise ConfigError(
             f"models of type {kind!r} arrange their tokens after projecting them, so features of "
             "stage 'pre_projector' cannot be used; store them with stage 'projected'"
+        )
+
+
+def _check_placement(model: Any, placement: str) -> None:  # noqa: ANN401
+    if placement not in get_args(Placement):
+        known = ", ".join(get_args(Placement))
+        raise ConfigError(f"no placement {placement!r}; known: {known}")
+    kind = model.config.model_type
+    if placement != "packed" and kind not in PLACED:
+        raise ConfigError(
+            f"models of type {kind!r} can only be given tokens with placement 'packed', not "
+            f"{placement!r}: they put other tokens between those of an image"
+        )
+    attention = model.config.get_text_config()._attn_implementation
+    if placement == "weighted" and attention != "sdpa":
+        raise ConfigError(
+            f"placement 'weighted' needs attention that takes a bias, and the model's is "
+            f"{attention!r}, which would leave it out unsaid; load it with "
+            "attn_implementation='sdpa'"
         )
 
 
@@ -154,15 +273,42 @@ def _pad_id(tokenizer: Any, image_token_id: int) -> int:  # noqa: ANN401
     )
 
 
-def _pad_left(ids: Sequence[Tensor], pad_id: int) -> tuple[Tensor, Tensor]:
-    length = max(len(prompt) for prompt in ids)
-    input_ids_PT = torch.full((len(ids), length), pad_id, dtype=torch.long)
-    mask_PT = torch.zeros_like(input_ids_PT)
-    for index, prompt in enumerate(ids):
-        start = length - len(prompt)
-        input_ids_PT[index, start:] = prompt
-        mask_PT[index, start:] = 1
-    return input_ids_PT, mask_PT
+def _pad_left(rows: Sequence[Tensor], value: float) -> Tensor:
+    return pad_sequence(list(rows), batch_first=True, padding_value=value, padding_side="left")
+
+
+def _images_of(
+    ids: Sequence[Tensor], image_token_id: int, images: Sequence[HasPlaces]
+) -> list[Sequence[HasPlaces]]:
+    """Return the images of each prompt."""
+    counts = [int((prompt == image_token_id).sum()) for prompt in ids]
+    starts = [sum(counts[:index]) for index in range(len(counts))]
+    return [images[start : start + count] for start, count in zip(starts, counts, strict=True)]
+
+
+def _places(prompt: Tensor, images: Sequence[HasPlaces], image_token_id: int) -> Tensor:
+    """Return the position of every token of a prompt whose images had all their tokens."""
+    parts, start, rest = [], 0, iter(images)
+    for token in prompt.tolist():
+        if token == image_token_id:
+            image = next(rest)
+            parts.append(start + image.positions.cpu())
+            start += prod(image.grid)
+        else:
+            parts.append(torch.tensor([start]))
+            start += 1
+    return torch.cat(parts)
+
+
+def _biases(prompt: Tensor, images: Sequence[HasPlaces], image_token_id: int) -> Tensor:
+    """Return what is added to the attention scores of every token of a prompt."""
+    rest = iter(images)
+    return torch.cat(
+        [
+            next(rest).sizes.cpu().log() if token == image_token_id else torch.zeros(1)
+            for token in prompt.tolist()
+        ]
+    )
 
 
 def _features(model: Any, rows: Sequence[Tensor], stage: str) -> list[Tensor]:  # noqa: ANN401

@@ -159,7 +159,7 @@ def _scene_questions(items: Sequence[Item]) -> list[Question]:
     shapes = [item for item in items if item.kind != "plate"]
     counts = Counter(shape.kind for shape in shapes)
     single = [shape for shape in shapes if counts[shape.kind] == 1]
-    asked = [("read", f"read the {plate.color} plate", plate.text) for plate in plates]
+    asked = [("read", f"read the plate that is {plate.color}", plate.text) for plate in plates]
     places = [_place(plate.center) for plate in plates]
     for plate, place in zip(plates, places, strict=True):
         if place is not None and places.count(place) == 1:
@@ -167,10 +167,11 @@ def _scene_questions(items: Sequence[Item]) -> list[Question]:
     for shape in single:
         asked.append(("attribute", f"what color is the {shape.kind}", shape.color))
         asked.append(("attribute", f"what pattern is on the {shape.kind}", shape.pattern))
-    # One kind that is there once, and all that are there more often: or 1 would be a good guess.
-    once = sorted(shape.kind for shape in single)[:1]
+    # One kind that is there once, the first drawn, so any of them; and all that are there more
+    # often. Were all asked that are there once, 1 would be a good guess.
+    once = [shape.kind for shape in single[:1]]
     for kind in sorted([*once, *(kind for kind in counts if counts[kind] > 1)]):
-        asked.append(("count", f"how many {kind} shapes", str(counts[kind])))
+        asked.append(("count", f"count every {kind}", str(counts[kind])))
     for one in single:
         for other in single:
             side = _side(one.center, other.center) if one is not other else None

@@ -12,11 +12,13 @@ go on, S columns of a row's prompts side by side, C columns in all, D width, V v
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
+from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 from transformers.utils import logging
@@ -24,6 +26,7 @@ from transformers.utils import logging
 from pipeline.consumers import hf
 from pipeline.errors import ConfigError
 from pipeline.evaluation.questions import PLAIN_TEMPLATE, fill_template
+from pipeline.types import Placement
 
 _SHARED, _PADDING = -1, -2  # owners of columns that belong to no prompt
 
@@ -139,20 +142,35 @@ class LanguageModel:
         )
 
     @torch.inference_mode()
-    def ask(self, prompts: PromptBatch, features: Sequence[Tensor]) -> Answers:
+    def ask(
+        self,
+        prompts: PromptBatch,
+        images: Sequence[Tensor | hf.HasFeatures],
+        *,
+        placement: Placement = "packed",
+    ) -> Answers:
         """Answer all questions of a batch greedily.
 
         Args:
             prompts: laid out for these images.
-            features: of each image its (K, D) tokens in position order, of the model's stage.
+            images: of each its K tokens in position order, of the model's stage: (K, D) features
+                or what holds them, with their places where the placement needs those.
+            placement: of the tokens.
         """
         names = [str(row) for row in range(len(prompts.images))]
-        carved = [features[image] for image in prompts.images]
-        inputs = hf.prepare(self.model, prompts, names, carved, stage=self.stage)
-        mask_BP = inputs.pop("attention_mask")
-        known_B1 = mask_BP.sum(dim=1, keepdim=True)
+        carved = [images[image] for image in prompts.images]
+        inputs = hf.prepare(
+            self.model, prompts, names, carved, stage=self.stage, placement=placement
+        )
+        known_B1 = inputs["attention_mask"].sum(dim=1, keepdim=True)
+        if placement != "packed":  # the text goes on behind all tokens that there were
+            lengths = [
+                len(prefix) - 1 + prod(image.grid)
+                for prefix, image in zip(prompts.prefixes, hf.with_places(carved), strict=True)
+            ]
+            known_B1 = torch.tensor(lengths, device=known_B1.device)[:, None]
         row = _Rows(self.model)
-        row.prefill(inputs, mask_BP)
+        row.prefill(inputs)
         hidden_BSD = row.step(prompts.ids, prompts.owners, known_B1 + prompts.places)
         hidden_QD = hidden_BSD[prompts.rows, prompts.last]
         logits_QV = self._logits(hidden_QD)
@@ -209,15 +227,15 @@ class _Rows:
         self.model = model.base_model
         self.cache = DynamicCache(config=model.config.get_text_config())
         self.owners_BC: Tensor
+        self.bias_B11P: Tensor | None = None  # of the attention scores
 
-    def prefill(self, inputs: dict[str, Any], mask_BP: Tensor) -> None:
+    def prefill(self, inputs: dict[str, Any]) -> None:
         """Put what all prompts of a row share through the model; padded on the left."""
+        mask_BP = inputs["attention_mask"]
+        packed_BP = (mask_BP.cumsum(dim=1) - 1).clamp_min(0)
+        self.bias_B11P = inputs.get("position_bias")
         self.model(
-            **inputs,
-            attention_mask=mask_BP,
-            position_ids=(mask_BP.cumsum(dim=1) - 1).clamp_min(0),
-            past_key_values=self.cache,
-            use_cache=True,
+            **{"position_ids": packed_BP, **inputs}, past_key_values=self.cache, use_cache=True
         )
         self.owners_BC = torch.where(mask_BP > 0, _SHARED, _PADDING)
 
@@ -236,12 +254,17 @@ class _Rows:
         sees_BSC = ((is_own_BSC & (owners_BS != _PADDING)[:, :, None]) | is_shared_B1C) & (
             columns_C <= new_S1
         ) | (columns_C == new_S1)
+        bias = {}
+        if self.bias_B11P is not None:
+            more = num_known + num_new - self.bias_B11P.shape[-1]
+            bias = {"position_bias": functional.pad(self.bias_B11P, (0, more))}
         return self.model(
             input_ids=ids_BS,
             attention_mask=sees_BSC[:, None],
             position_ids=places_BS,
             past_key_values=self.cache,
             use_cache=True,
+            **bias,
         ).last_hidden_state
 
 

@@ -22,6 +22,7 @@ class Candidate:
     budget: float
     codec: str
     codec_options: Mapping[str, Any]
+    placement: str
     tokens: float  # per image, mean
     bytes: float  # per image, mean
     bytes_per_jpeg: float
@@ -35,7 +36,8 @@ class Candidate:
         """Carver, share of the tokens and codec in words."""
         options = json.dumps(dict(self.carver_options)) if self.carver_options else ""
         share = "" if self.budget == 1 else f" {self.budget:.4f}"
-        return f"{self.carver}{options}{share} {self.codec}"
+        placement = "" if self.placement == "packed" else f", {self.placement}"
+        return f"{self.carver}{options}{share} {self.codec}{placement}"
 
 
 def list_candidates(summary: Mapping[str, Any]) -> list[Candidate]:
@@ -112,6 +114,7 @@ def _candidate(row: Mapping[str, Any]) -> Candidate:
         budget=row["budget"],
         codec=row["codec"],
         codec_options=json.loads(row["codec_options"]),
+        placement=row["placement"],
         tokens=row["tokens"]["mean"],
         bytes=row["bytes"]["mean"],
         bytes_per_jpeg=row["bytes_per_jpeg"]["mean"],

@@ -148,8 +148,9 @@ def _estimates(row: Mapping[str, Any]) -> Iterator[tuple[tuple[Variant, str, str
 
 
 def carver_label(variant: Variant) -> str:
-    """Return carver and options in a few words."""
-    return _label(variant.carver, variant.carver_options)
+    """Return carver, options and, where it is not the usual one, placement in a few words."""
+    label = _label(variant.carver, variant.carver_options)
+    return label if variant.placement == "packed" else f"{label}, {variant.placement}"
 
 
 def codec_label(variant: Variant) -> str:

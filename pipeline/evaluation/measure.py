@@ -13,6 +13,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from pipeline.carved_cache import CachedImage
 from pipeline.codecs import Codec
 from pipeline.decode import decode_image
 from pipeline.encoders import Pixels
@@ -25,7 +26,7 @@ from pipeline.evaluation.rows import read_back, store
 from pipeline.evaluation.stability import DISTURBANCES, disturbed, overlap
 from pipeline.evaluation.task import EvaluationTask
 from pipeline.evaluation.variants import Cut, tokens_of
-from pipeline.types import CarvedTokens, VisualTokens
+from pipeline.types import CarvedTokens, Placement, VisualTokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,13 +71,19 @@ class _Memory:
     """
 
     carver: tuple[str, str] = ("", "")
-    known: list[tuple[list[Tensor], Answers]]
+    known: list[tuple[Placement, list[Tensor], Answers]]
 
-    def of(self, cut: Cut) -> list[tuple[list[Tensor], Answers]]:
-        """Return what is known of a cut's carver; forget others."""
+    def keep_only(self, cut: Cut) -> None:
+        """Forget what is known of other carvers than a cut's."""
         if self.carver != (cut.name, cut.options):
             self.carver, self.known = (cut.name, cut.options), []
-        return self.known
+
+    def find(self, placement: Placement, told: list[Tensor]) -> Answers | None:
+        """Return the answers to the same tokens, all that the model is told of them."""
+        for other, others, answers in self.known:
+            if other == placement and all(map(torch.equal, told, others)):
+                return answers
+        return None
 
 
 class Measurer:
@@ -127,7 +134,8 @@ class Measurer:
         )
         memory = _Memory(known=[])
         for cut in self.task.grid.cuts:
-            self._measure_cut(cut, encoded, full, records, memory.of(cut))
+            memory.keep_only(cut)
+            self._measure_cut(cut, encoded, full, records, memory)
         return records.tables()
 
     def _measure_cut(
@@ -136,7 +144,7 @@ class Measurer:
         encoded: _Encoded,
         full: Sequence[Tensor],
         records: BatchRecords,
-        known: list[tuple[list[Tensor], Answers]],
+        memory: _Memory,
     ) -> None:
         carved, seconds = encoded.carve(cut, encoded.groups)
         copies = {kind: encoded.carve(cut, groups)[0] for kind, groups in encoded.copies.items()}
@@ -156,9 +164,10 @@ class Measurer:
                 kept=[],
             )
             for plugin, codec in cut.codecs:
-                found, features = self._through_cache(carved, codec, counts, facts)
-                answers = self._ask(encoded.prompts, features, known)
-                records.add(cut.variant(plugin, read), answers, found)
+                found = self._through_cache(carved, codec, counts, facts, full)
+                for placement in cut.placements:
+                    answers = self._ask(encoded.prompts, found.kept, placement, memory)
+                    records.add(cut.variant(plugin, read, placement), answers, found)
 
     def _through_cache(
         self,
@@ -166,25 +175,31 @@ class Measurer:
         codec: Codec,
         counts: Sequence[int],
         facts: ImageFacts,
-    ) -> tuple[ImageFacts, list[Tensor]]:
-        """Store and read carved images; return the facts completed, and the features read."""
-        rows = [store(one, codec) for one in carved]
+        full: Sequence[Tensor],
+    ) -> ImageFacts:
+        """Store and read carved images; return the facts completed."""
+        rows = [
+            store(one, codec, num_source=len(all_ND))
+            for one, all_ND in zip(carved, full, strict=True)
+        ]
         images = read_back(rows, codec, keep_tokens=counts, device=self.device, dtype=self.dtype)
         num_bytes = [row.bytes_read(n) for row, n in zip(rows, counts, strict=True)]
-        found = replace(facts, num_bytes=num_bytes, kept=images)
-        return found, [image.features for image in images]
+        return replace(facts, num_bytes=num_bytes, kept=images)
 
     def _ask(
         self,
         prompts: PromptBatch,
-        features: list[Tensor],
-        known: list[tuple[list[Tensor], Answers]],
+        images: Sequence[CachedImage],
+        placement: Placement,
+        memory: _Memory,
     ) -> Answers:
-        for others, answers in known:
-            if all(map(torch.equal, features, others)):
-                return answers
-        answers = self.language.ask(prompts, features)
-        known.append((features, answers))
+        told = [image.features for image in images]
+        if placement != "packed":
+            told += [values for image in images for values in (image.positions, image.sizes)]
+        answers = memory.find(placement, told)
+        if answers is None:
+            answers = self.language.ask(prompts, images, placement=placement)
+            memory.known.append((placement, told, answers))
         return answers
 
     def _encode(self, batch: Sequence[AskedImage]) -> _Encoded | None:

@@ -25,13 +25,14 @@ _VARIANT = [
     pa.field("read", pa.float64(), nullable=False),  # share read; budget unless a prefix is read
     pa.field("codec", pa.string(), nullable=False),
     pa.field("codec_options", pa.string(), nullable=False),  # JSON, sorted
+    pa.field("placement", pa.string(), nullable=False),  # packed, original, weighted
     pa.field("tokens", pa.int32(), nullable=False),  # kept and read
     # What a reader of the cache fetches of this image: packed tokens, whole checksum blocks of
     # them, and the row's aux (codec's own, positions, sizes, checksums).
     pa.field("bytes", pa.int64(), nullable=False),
 ]
 
-VARIANT_COLUMNS = tuple(field.name for field in _VARIANT[:6])
+VARIANT_COLUMNS = tuple(field.name for field in _VARIANT[:7])
 """Columns that name a variant."""
 
 ANSWERS = pa.schema(

@@ -20,6 +20,7 @@ class StoredRow:
     tokens: bytes
     aux: bytes
     num_tokens: int
+    num_source: int  # tokens before carving
 
     def tokens_read(self, keep_tokens: int) -> int:
         """Return the bytes of `tokens` that a reader fetches for the first tokens."""
@@ -32,8 +33,13 @@ class StoredRow:
         return self.tokens_read(keep_tokens) + len(self.aux)
 
 
-def store(carved: CarvedTokens, codec: Codec) -> StoredRow:
+def store(carved: CarvedTokens, codec: Codec, *, num_source: int) -> StoredRow:
     """Pack the tokens of one image as a carving run does, most important first.
+
+    Args:
+        carved: what a carver left.
+        codec: packs it.
+        num_source: tokens of the image before carving.
 
     Raises:
         NonFiniteError: a value does not fit the codec's type.
@@ -46,7 +52,9 @@ def store(carved: CarvedTokens, codec: Codec) -> StoredRow:
         positions=carved.positions.cpu().numpy()[order].astype(np.uint32),
         sizes=carved.sizes.cpu().numpy()[order].astype(np.float32),
     )
-    return StoredRow(tokens=packed.tokens, aux=aux, num_tokens=packed.num_tokens)
+    return StoredRow(
+        tokens=packed.tokens, aux=aux, num_tokens=packed.num_tokens, num_source=num_source
+    )
 
 
 def read_back(
@@ -81,16 +89,16 @@ def read_back(
 
 
 def _place(stored: StoredRow) -> RowPlace:
-    """Return where a row that is in no file lies; the grid is of no use here."""
+    """Return where a row that is in no file lies; of the grid only its size is of use here."""
     return RowPlace(
         key="",
         path="",
         row_group=0,
         row=0,
         num_tokens=stored.num_tokens,
-        grid_t=0,
-        grid_h=0,
-        grid_w=0,
+        grid_t=1,
+        grid_h=1,
+        grid_w=stored.num_source,
         width=0,
         height=0,
         tokens_offset=0,

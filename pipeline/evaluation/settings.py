@@ -21,6 +21,7 @@ from pipeline.config import (
     read_yaml,
 )
 from pipeline.errors import ConfigError
+from pipeline.types import Placement
 
 GENERIC_PROMPTS = (
     "Describe the image.",
@@ -78,6 +79,10 @@ class EvaluationSettings(StrictModel):
     )
     reads: list[Share] = Field(default_factory=list)
     """Shares of the tokens that are read of what each larger budget stored: progressive reads."""
+    placements: list[Placement] = Field(default=["packed"], min_length=1)
+    """Where the model finds the tokens that were kept, see `pipeline.types`: `packed`, one
+    behind the other; `original`, where they stood; `weighted`, so too, each counting for as many
+    as it stands for."""
     questions: str = ""
     """JSON lines of {"key", "prompt", "answer"?, "family"?}; images without any are left out."""
     column: str = ""
@@ -160,6 +165,8 @@ def _contradictions(config: EvaluationConfig) -> list[str]:
         problems.append("evaluation.column: images of a folder have no columns; use questions")
     if asked.template and "{prompt}" not in asked.template:
         problems.append(f"evaluation.template: must hold {{prompt}}, is {asked.template!r}")
+    if len(set(asked.placements)) != len(asked.placements):
+        problems.append("evaluation.placements: one occurs twice")
     if len(set(asked.prompts)) != len(asked.prompts):
         problems.append("evaluation.prompts: one occurs twice")
     return problems

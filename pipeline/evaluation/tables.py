@@ -1,7 +1,7 @@
 """The tables of an evaluation, in words; `markdown.py` and `page.py` write them out."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipeline.evaluation.means import (
     Estimate,
@@ -122,13 +122,10 @@ def _read_table(means: Means) -> Iterator[Table]:
     reads = [v for v in means.variants if v.read < v.budget]
     if not reads:
         return
-    cells = {
-        (v.carver, v.carver_options, v.codec, v.codec_options, v.read, v.budget): v
-        for v in means.variants
-    }
+    known = set(means.variants)
     rows = []
     for v in sorted(reads, key=lambda v: (carver_label(v), codec_label(v), -v.read, v.budget)):
-        carved = cells.get((v.carver, v.carver_options, v.codec, v.codec_options, v.read, v.read))
+        carved = replace(v, budget=v.read)
         rows.append(
             [
                 _title(v),
@@ -136,7 +133,7 @@ def _read_table(means: Means) -> Iterator[Table]:
                 share(v.read),
                 share(v.budget),
                 _text(means, v, _main(means)),
-                _text(means, carved, _main(means)) if carved else NONE,
+                _text(means, carved, _main(means)) if carved in known else NONE,
                 _text(means, v, _BYTES),
             ]
         )

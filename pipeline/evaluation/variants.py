@@ -11,6 +11,7 @@ from pipeline.codecs import Codec
 from pipeline.config import PluginConfig
 from pipeline.errors import ConfigError
 from pipeline.evaluation.settings import EvaluationSettings
+from pipeline.types import Placement
 
 BASELINES = ("random", "uniform_grid", "average_pool")
 """Carvers that are compared with in every evaluation."""
@@ -37,6 +38,7 @@ class Variant:
     read: float  # share of the tokens read; equals budget unless a prefix is read
     codec: str
     codec_options: str  # JSON, sorted
+    placement: str = "packed"  # where the tokens stand, see `types.Placement`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,15 +51,17 @@ class Cut:
     budget: float
     reads: Sequence[float]  # the budget itself first, then smaller shares
     codecs: Sequence[tuple[PluginConfig, Codec]]
+    placements: Sequence[Placement] = ("packed",)
 
     def variants(self) -> Iterator[tuple[Variant, Codec]]:
-        """Yield all variants, read after read within codec after codec."""
+        """Yield all variants, placement after placement within read within codec."""
         for plugin, codec in self.codecs:
             for read in self.reads:
-                yield self.variant(plugin, read), codec
+                for placement in self.placements:
+                    yield self.variant(plugin, read, placement), codec
 
-    def variant(self, codec: PluginConfig, read: float) -> Variant:
-        """Return the row of one codec and one share that is read."""
+    def variant(self, codec: PluginConfig, read: float, placement: Placement) -> Variant:
+        """Return the row of one codec, one share that is read and one placement."""
         return Variant(
             carver=self.name,
             carver_options=self.options,
@@ -65,6 +69,7 @@ class Cut:
             read=read,
             codec=codec.name,
             codec_options=_json(codec.options),
+            placement=placement,
         )
 
 
@@ -186,6 +191,8 @@ def _cuts(
             budget=budget,
             reads=(budget, *smaller) if has_budget else (budget,),
             codecs=stored,
+            # Full tokens stand where they stand, and count once.
+            placements=["packed"] if plugin.name == FULL else settings.placements,
         )
 
 

@@ -1,5 +1,6 @@
 """Answers from shared prefixes equal those of transformers' own generate."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,11 @@ import torch
 from torch import Tensor
 
 from pipeline import encoders
-from pipeline.consumers.hf import prepare
+from pipeline.carved_cache import CachedImage
+from pipeline.consumers.hf import HasFeatures, prepare, weighted_generate
 from pipeline.errors import ConfigError
 from pipeline.evaluation.answers import LanguageModel, PromptBatch, load_model
+from pipeline.types import Placement
 from tests.encoders.tiny_models import photo, save_vit, upstream_pixels
 from tests.evaluation.models import save_model
 
@@ -47,23 +50,23 @@ def features(counts: list[int], width: int = 24, seed: int = 0) -> list[Tensor]:
 
 
 def expected(
-    language: LanguageModel, prompts: list[list[str]], carved: list[Tensor]
+    language: LanguageModel,
+    prompts: list[list[str]],
+    carved: Sequence[Tensor | HasFeatures],
+    placement: Placement = "packed",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return tokens, first logits and last hidden states of generate, prompt after prompt."""
     tokens, logits, hidden = [], [], []
     for own, image in zip(prompts, carved, strict=True):
         for prompt in own:
             text = language.template.replace("{prompt}", prompt)
-            inputs = prepare(
-                language.model, language.processor, [text], [image], stage=language.stage
-            )
+            given = (language.model, language.processor, [text], [image])
+            inputs = prepare(*given, stage=language.stage, placement=placement)
             with torch.inference_mode():
                 plain = language.model(**inputs, output_hidden_states=True)
-            inputs = prepare(
-                language.model, language.processor, [text], [image], stage=language.stage
-            )
-            said = language.model.generate(
-                **inputs, max_new_tokens=language.max_new_tokens, do_sample=False
+            inputs = prepare(*given, stage=language.stage, placement=placement)
+            said = weighted_generate(
+                language.model, inputs, max_new_tokens=language.max_new_tokens, do_sample=False
             )[0, inputs["input_ids"].shape[1] :].tolist()
             ends = language.model.generation_config.eos_token_id
             ends = ends if isinstance(ends, list) else [ends]
@@ -87,6 +90,37 @@ def test_answers_logits_and_hidden_states_equal_those_of_generate(
     torch.testing.assert_close(answers.logits, logits, atol=1e-4, rtol=0)
     torch.testing.assert_close(answers.hidden, hidden, atol=1e-4, rtol=0)
     assert len({tuple(row) for row in tokens.tolist()}) > 1  # the answers differ
+
+
+@pytest.mark.parametrize("placement", ["original", "weighted"])
+@pytest.mark.parametrize("template", [TEMPLATE, "{prompt} <image> ASSISTANT:"])
+def test_placed_tokens_are_answered_as_generate_does(
+    folder: Path, placement: Placement, template: str
+) -> None:
+    language = language_model(folder, template=template)
+    counts = [5, 16, 3]
+    carved = [
+        CachedImage(
+            key="",
+            features=features_KD,
+            positions=torch.randperm(16, generator=torch.Generator().manual_seed(n))[:n].sort()[0],
+            sizes=1.0 + torch.arange(n),
+            ranks=torch.arange(n),
+            grid=(1, 4, 4),
+            width=28,
+            height=28,
+        )
+        for n, features_KD in zip(counts, features(counts), strict=True)
+    ]
+
+    answers = language.ask(language.lay_out(PROMPTS), carved, placement=placement)
+
+    tokens, logits, hidden = expected(language, PROMPTS, carved, placement)
+    assert answers.tokens.tolist() == tokens.tolist()
+    torch.testing.assert_close(answers.logits, logits, atol=1e-4, rtol=0)
+    torch.testing.assert_close(answers.hidden, hidden, atol=1e-4, rtol=0)
+    packed = language.ask(language.lay_out(PROMPTS), carved)
+    assert (answers.logits - packed.logits).abs().max() > 1e-2
 
 
 def test_answers_end_where_generate_ends_them(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ def row(carver: str, size: float, agreement: tuple[float, float], **values: Any)
         "read": values.pop("read", budget),
         "codec": values.pop("codec", "int8"),
         "codec_options": "{}",
+        "placement": "packed",
         "family": values.pop("family", "all"),
         "tokens": {"mean": 4.0},
         "bytes": {"mean": size},
