@@ -19,6 +19,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
+from pipeline.carved_cache import CachedImage
 from pipeline.config import load_config
 from pipeline.decode import decode_image
 from pipeline.demo import demo_config, run_demo
@@ -151,13 +152,26 @@ def test_uncarved_tokens_of_the_encoder_give_the_answers_that_pixels_give(model:
     encoder = build("llava", {"model": str(model), "stage": "projected"})
     encoder.load()
     (tokens,) = encoder.encode(pixels)
+    images = [
+        CachedImage(
+            key="",
+            features=features_ND,
+            positions=torch.arange(144),
+            sizes=torch.ones(144),
+            ranks=torch.arange(144),
+            grid=(1, *tokens.grid),
+            width=168,
+            height=168,
+        )
+        for features_ND in tokens.features
+    ]
     asked = [(n, question) for n, quiz in enumerate(quizzes) for question in quiz.questions]
 
     answers = answer_both_ways(
         model,
         [question.prompt for _, question in asked],
         [quizzes[number].image for number, _ in asked],
-        [tokens.features[number] for number, _ in asked],
+        [images[number] for number, _ in asked],
     )
 
     assert tokens.grid == (12, 12)
@@ -293,7 +307,7 @@ def test_the_demo_runs_from_end_to_end_and_has_nothing_to_do_the_second_time(
         in first.stdout
     )
     assert "all 33,696 tokens in 16 bits" in first.stdout
-    assert "the 8,424 carved tokens as stored" in first.stdout
+    assert "the 7,488 carved tokens as stored" in first.stdout
     right = re.search(
         r"answers: (\d+) of (\d+) questions right from the carved tokens, (\d+) ", first.stdout
     )
@@ -301,7 +315,7 @@ def test_the_demo_runs_from_end_to_end_and_has_nothing_to_do_the_second_time(
     carved, asked, full = map(int, right.groups())
     assert asked > 100
     assert full >= 0.85 * asked
-    assert 0 < carved <= asked
+    assert carved >= full - 0.05 * asked  # the default carver, measured in benchmarks/fidelity.md
     assert second.returncode == 0, second.stderr
     assert f"nothing to do: all 6 shards are in {tmp_path / 'demo' / 'cache'}" in second.stdout
     assert len(summaries) == 1 and summaries[0]["images"] == 234

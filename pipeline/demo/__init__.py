@@ -35,7 +35,7 @@ def demo_config(output: Path) -> JobConfig:
             "name": "llava",
             "options": {"model": str(output / "model"), "stage": "projected"},
         },
-        "carver": {"name": "tokencarve", "options": {"keep_ratio": 0.25}},
+        "carver": {"name": "carve_default", "options": {"keep_tokens": 32}},
         "codec": {"name": "int8"},
         "runner": {"num_actors": NUM_ACTORS, "gpus_per_actor": 0.0, "batch_size": 16},
     }

@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
 
-from pipeline.consumers.hf import prepare
+from pipeline.consumers.hf import HasPlaces, prepare, weighted_generate
 from pipeline.demo.corpus import write_if_changed
 from pipeline.evaluation.answers import load_model
 
@@ -39,7 +38,7 @@ def answer_both_ways(
     folder: Path,
     questions: Sequence[str],
     images: Sequence[Image.Image],
-    carved: Sequence[Tensor],
+    carved: Sequence[HasPlaces],
 ) -> list[tuple[str, str]]:
     """Ask the model each question twice: with the image's pixels, and with cached tokens instead.
 
@@ -47,7 +46,8 @@ def answer_both_ways(
         folder: a checkpoint.
         questions: one for each image.
         images: RGB.
-        carved: for each image its (K, D) projected features, as a cache gives them.
+        carved: for each image its projected tokens, as a cache gives them; they stand where they
+            stood, and count for as many as they stand for.
 
     Returns:
         For each question the answer from all tokens and the one from the carved tokens.
@@ -59,7 +59,9 @@ def answer_both_ways(
         prompts = [TEMPLATE.format(prompt=question) for question in questions[part]]
         pixels = list(images[part])
         from_pixels = processor(images=pixels, text=prompts, padding=True, return_tensors="pt")
-        from_cache = prepare(model, processor, prompts, carved[part], stage="projected")
+        from_cache = prepare(
+            model, processor, prompts, carved[part], stage="projected", placement="weighted"
+        )
         both = [_generate(model, processor, inputs) for inputs in (from_pixels, from_cache)]
         answers += zip(*both, strict=True)
     return answers
@@ -67,6 +69,6 @@ def answer_both_ways(
 
 def _generate(model: Any, processor: Any, inputs: Any) -> list[str]:  # noqa: ANN401
     with torch.inference_mode():
-        output = model.generate(**inputs, max_new_tokens=_MAX_WORDS)
+        output = weighted_generate(model, inputs, max_new_tokens=_MAX_WORDS)
     answers = output[:, inputs["input_ids"].shape[1] :]
     return [str(t) for t in processor.batch_decode(answers, skip_special_tokens=True)]

@@ -133,7 +133,7 @@ def _ask(
         model,
         [question["prompt"] for _, question in asked],
         [pixels[row.image.key] for row, _ in asked],
-        [row.image.features for row, _ in asked],
+        [row.image for row, _ in asked],
     )
     answers: dict[str, list[Answer]] = {}
     for (row, question), (full, carved) in zip(asked, pairs, strict=True):
