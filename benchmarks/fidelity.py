@@ -36,7 +36,6 @@ from fidelity_groups import (
     cut,
     full_cuts,
     measure,
-    placed_cuts,
     rehearse,
     with_cuts,
 )
@@ -89,16 +88,11 @@ class Bench:
             (f"carver-{_slug(name, options)}", carver_cuts(name, options, self.calibrated(name)))
             for name, options in self._forms()
         ]
-        placed = [
-            (f"placed-{name}", placed_cuts(carver_cuts(name, options, self.calibrated(name))))
-            for name, options in self._forms()
-            if not options
-        ]
         stored = [(f"codecs-{name}", self._codec_cuts(name)) for name in self.options.codec_carvers]
         read = [(f"reads-{name}", self._read_cuts(name)) for name in self.options.read_carvers]
         groups = [
             Group(name=name, task=with_cuts(self.task, cuts))
-            for name, cuts in (*full, *made, *placed, *stored, *read)
+            for name, cuts in (*full, *made, *stored, *read)
         ]
         return [*groups, Group(name="online", task=with_cuts(self.task, []), online=True)]
 

@@ -9,7 +9,7 @@ import hashlib
 import inspect
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -121,24 +121,26 @@ def carver_cuts(name: str, options: dict[str, Any], calibrated: Sequence[Carver]
     if name == "doc_correlation":
         pairs = zip(BUDGETS, calibrated, strict=True)
         return [
-            cut(made, name, {**shown, "target_ratio": round(budget, 4)}, 1.0)
+            cut(
+                made,
+                name,
+                {**shown, "target_ratio": round(budget, 4)},
+                1.0,
+                placements=_placements(name, options, budget),
+            )
             for budget, made in pairs
         ]
     made = calibrated or [with_budget(name, options, budget) for budget in BUDGETS]
-    return [cut(one, name, shown, b) for one, b in zip(made, BUDGETS, strict=True)]
-
-
-def placed_cuts(cuts: Sequence[Cut]) -> list[Cut]:
-    """Return what is measured in other placements: one budget, of the default carver all.
-
-    Args:
-        cuts: of a carver at every budget.
-    """
     return [
-        replace(one, placements=PLACEMENTS)
-        for one, budget in zip(cuts, BUDGETS, strict=True)
-        if budget == CODEC_BUDGET or one.name == DEFAULT
+        cut(one, name, shown, b, placements=_placements(name, options, b))
+        for one, b in zip(made, BUDGETS, strict=True)
     ]
+
+
+def _placements(name: str, options: Mapping[str, Any], budget: float) -> Sequence[Placement]:
+    """Return all placements for default options at one budget, for the default carver at all."""
+    is_compared = not options and (budget == CODEC_BUDGET or name == DEFAULT)
+    return ("packed", *PLACEMENTS) if is_compared else ("packed",)
 
 
 def budget_options(name: str, budget: float) -> dict[str, float]:

@@ -84,13 +84,15 @@ def read_results(groups: Sequence[Group], root: Path, *, resamples: int) -> Resu
     """Sum up the tables of all groups."""
     sums = {group.name: sum_up(*read_tables(group.folder(root))) for group in groups}
     carved = [part for name, part in sums.items() if name.startswith(("full", "carver-", "reads-"))]
-    stored = [
-        part for name, part in sums.items() if name.startswith(("codecs-", "placed-", "online"))
-    ]
+    stored = [part for name, part in sums.items() if name.startswith(("codecs-", "online"))]
     whole = join([*carved, *stored])
     wanted = [("identity", c) for c in ("fp32", "fp16")]
     compared = _some(
-        join(carved), lambda v: v["carver"] != FULL or (v["carver"], v["codec"]) in wanted
+        join(carved),
+        lambda v: (
+            v["placement"] == "packed"
+            and (v["carver"] != FULL or (v["carver"], v["codec"]) in wanted)
+        ),
     )
     of_compared = describe(compared, resamples=resamples, seed=SEED)
     others = _some(whole, lambda v: v not in compared.variants)

@@ -84,7 +84,8 @@ def chosen_config(run: JobConfig, chosen: Candidate) -> str:
     budget = {} if option is None else {option: chosen.budget}
     values["carver"] = {"name": chosen.carver, "options": {**chosen.carver_options, **budget}}
     values["codec"] = {"name": chosen.codec, "options": dict(chosen.codec_options)}
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    said = f"# Chosen for tokens handed over with placement={chosen.placement!r}.\n"
+    return said + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def evidence(candidates: Sequence[Candidate], keep_agreement: float) -> Iterator[str]:

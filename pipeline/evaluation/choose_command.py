@@ -33,6 +33,9 @@ def choose(  # noqa: PLR0913  (one argument a flag)
     carvers: Annotated[str, typer.Option("--carvers", help="With commas, or all.")] = _CARVERS,
     budgets: Annotated[str, typer.Option("--budgets", help="Shares, with commas.")] = _BUDGETS,
     codecs: Annotated[str, typer.Option("--codecs", help="With commas.")] = "int8,int4",
+    placements: Annotated[
+        str, typer.Option("--placements", help="What your engine can do, with commas.")
+    ] = "packed",
     samples: Annotated[int, typer.Option(min=2, help="Images to ask about.")] = 256,
     questions: Annotated[
         str, typer.Option("--questions", help="JSON lines of key and prompt.")
@@ -51,6 +54,7 @@ def choose(  # noqa: PLR0913  (one argument a flag)
         "carvers": split(carvers),
         "budgets": split(budgets),
         "codecs": split(codecs),
+        "placements": split(placements),
         "questions": questions,
         "template": template,
         "max_images": samples,
@@ -103,5 +107,7 @@ def _choose(
         f"chosen: {chosen.name}, {chosen.bytes:.0f} bytes per image, at least {chosen.bound:.1%} "
         "of the answers (the cheapest of several that look good is a little optimistic)"
     )
+    if chosen.placement != "packed":
+        typer.echo(f"that holds for tokens handed over with placement={chosen.placement!r}")
     typer.echo(f"run it: carve run --config {path}")
     return ExitCode.OK

@@ -33,6 +33,9 @@ Budgets = Annotated[
     str | None, typer.Option("--budgets", help="Shares of the tokens, with commas: 1/3,2/9.")
 ]
 Codecs = Annotated[str | None, typer.Option("--codecs", help="Names, with commas.")]
+Placements = Annotated[
+    str | None, typer.Option("--placements", help="packed, original, weighted; with commas.")
+]
 Reads = Annotated[
     str | None, typer.Option("--reads", help="Shares to read of what larger budgets stored.")
 ]
@@ -70,6 +73,7 @@ def evaluate(  # noqa: PLR0913  (one argument a flag)
     carvers: Carvers = None,
     budgets: Budgets = None,
     codecs: Codecs = None,
+    placements: Placements = None,
     reads: Reads = None,
     questions: QuestionFile = None,
     column: Column = None,
@@ -91,6 +95,7 @@ def evaluate(  # noqa: PLR0913  (one argument a flag)
         f"{asked}carvers": split(carvers),
         f"{asked}budgets": split(budgets),
         f"{asked}codecs": split(codecs),
+        f"{asked}placements": split(placements),
         f"{asked}reads": split(reads),
         f"{asked}questions": questions,
         f"{asked}column": column,
