@@ -8,8 +8,7 @@ T text and image tokens of the longest prompt; P prompts.
 """
 
 from collections.abc import Mapping, Sequence
-from math import prod
-from typing import Any, Protocol, get_args, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from pipeline.consumers.placement import HasFeatures, check_placement, place_tokens
 from pipeline.errors import ConfigError
 from pipeline.types import Placement
 
@@ -27,37 +27,8 @@ their features in another form (InternVL, Gemma)."""
 PROJECTED_HERE = frozenset({"llava"})
 """Those whose `pre_projector` features can be used: the others cut and pad after projecting."""
 
-PLACED = frozenset({"llava"})
-"""Those whose image is its grid of tokens and nothing else, so that tokens can stand in their
-original places: the others put ends of rows between them, and tiles of several sizes."""
-
 STAGES = ("projected", "pre_projector")
 """Stages of stored features: as the language model takes them, or as the tower gives them."""
-
-
-class HasFeatures(Protocol):
-    """Anything with `features` (K, D), such as `CarvedTokens` or a row of a cache."""
-
-    @property
-    def features(self) -> Tensor:
-        """(K, D) features of one image."""
-
-
-@runtime_checkable
-class HasPlaces(HasFeatures, Protocol):
-    """Features, and where they come from: a row of a cache."""
-
-    @property
-    def positions(self) -> Tensor:
-        """(K,) int64 in [0, N), ascending: which of the image's N tokens each was."""
-
-    @property
-    def sizes(self) -> Tensor:
-        """(K,) float32: how many source tokens each stands for."""
-
-    @property
-    def grid(self) -> tuple[int, int, int]:
-        """Time, rows, columns before carving; N is their product."""
 
 
 def prepare(
@@ -100,7 +71,7 @@ def prepare(
         TypeError: an image without places where they are needed.
     """
     _check_model(model, stage)
-    _check_placement(model, placement)
+    check_placement(model, placement)
     rows = [_rows(image, index) for index, image in enumerate(carved)]
     tokenizer = getattr(processor, "tokenizer", processor)
     written = _tokenize(tokenizer, prompts)
@@ -111,13 +82,9 @@ def prepare(
         "attention_mask": _pad_left([torch.ones_like(i) for i in ids], 0).to(model.device),
     }
     if placement != "packed":
-        images_of = _images_of(written, model.config.image_token_id, with_places(carved))
-        pairs = list(zip(written, images_of, strict=True))
-        image_id = int(model.config.image_token_id)
-        places = [_places(prompt, own, image_id) for prompt, own in pairs]
+        places, biases = place_tokens(written, int(model.config.image_token_id), carved)
         inputs["position_ids"] = _pad_left(places, 0).to(model.device)
         if placement == "weighted":
-            biases = [_biases(prompt, own, image_id) for prompt, own in pairs]
             bias_PT = _pad_left(biases, 0.0).to(model.device, model.dtype)
             inputs["position_bias"] = bias_PT[:, None, None]
     if rows:
@@ -125,30 +92,6 @@ def prepare(
         outputs = BaseModelOutputWithPooling(pooler_output=features)
         inputs["mm_encoder_outputs"] = {"image": outputs}
     return inputs
-
-
-def with_places(images: Sequence[Tensor | HasFeatures]) -> list[HasPlaces]:
-    """Return the images if all say where their tokens come from.
-
-    Raises:
-        TypeError: one does not.
-        ValueError: one has a token outside its grid.
-    """
-    checked = []
-    for index, image in enumerate(images):
-        if not isinstance(image, HasPlaces):
-            raise TypeError(
-                f"image {index} is a {type(image).__name__} without positions, sizes and grid, "
-                "which only placement 'packed' can do without; give what a cache or a dataset gave"
-            )
-        last, num_source = int(image.positions.max()), prod(image.grid)
-        if last >= num_source:
-            raise ValueError(
-                f"image {index} has a token at position {last} of a grid {image.grid}, which has "
-                f"{num_source}"
-            )
-        checked.append(image)
-    return checked
 
 
 def weighted_generate(model: Any, inputs: Mapping[str, Any], **options: Any) -> Any:  # noqa: ANN401
@@ -204,25 +147,6 @@ def _check_model(model: Any, stage: str) -> None:  # noqa: ANN401
         )
 
 
-def _check_placement(model: Any, placement: str) -> None:  # noqa: ANN401
-    if placement not in get_args(Placement):
-        known = ", ".join(get_args(Placement))
-        raise ConfigError(f"no placement {placement!r}; known: {known}")
-    kind = model.config.model_type
-    if placement != "packed" and kind not in PLACED:
-        raise ConfigError(
-            f"models of type {kind!r} can only be given tokens with placement 'packed', not "
-            f"{placement!r}: they put other tokens between those of an image"
-        )
-    attention = model.config.get_text_config()._attn_implementation
-    if placement == "weighted" and attention != "sdpa":
-        raise ConfigError(
-            f"placement 'weighted' needs attention that takes a bias, and the model's is "
-            f"{attention!r}, which would leave it out unsaid; load it with "
-            "attn_implementation='sdpa'"
-        )
-
-
 def _rows(image: Tensor | HasFeatures, index: int) -> Tensor:
     rows_KD = image if isinstance(image, Tensor) else image.features
     if rows_KD.ndim != 2 or len(rows_KD) == 0:
@@ -275,40 +199,6 @@ def _pad_id(tokenizer: Any, image_token_id: int) -> int:  # noqa: ANN401
 
 def _pad_left(rows: Sequence[Tensor], value: float) -> Tensor:
     return pad_sequence(list(rows), batch_first=True, padding_value=value, padding_side="left")
-
-
-def _images_of(
-    ids: Sequence[Tensor], image_token_id: int, images: Sequence[HasPlaces]
-) -> list[Sequence[HasPlaces]]:
-    """Return the images of each prompt."""
-    counts = [int((prompt == image_token_id).sum()) for prompt in ids]
-    starts = [sum(counts[:index]) for index in range(len(counts))]
-    return [images[start : start + count] for start, count in zip(starts, counts, strict=True)]
-
-
-def _places(prompt: Tensor, images: Sequence[HasPlaces], image_token_id: int) -> Tensor:
-    """Return the position of every token of a prompt whose images had all their tokens."""
-    parts, start, rest = [], 0, iter(images)
-    for token in prompt.tolist():
-        if token == image_token_id:
-            image = next(rest)
-            parts.append(start + image.positions.cpu())
-            start += prod(image.grid)
-        else:
-            parts.append(torch.tensor([start]))
-            start += 1
-    return torch.cat(parts)
-
-
-def _biases(prompt: Tensor, images: Sequence[HasPlaces], image_token_id: int) -> Tensor:
-    """Return what is added to the attention scores of every token of a prompt."""
-    rest = iter(images)
-    return torch.cat(
-        [
-            next(rest).sizes.cpu().log() if token == image_token_id else torch.zeros(1)
-            for token in prompt.tolist()
-        ]
-    )
 
 
 def _features(model: Any, rows: Sequence[Tensor], stage: str) -> list[Tensor]:  # noqa: ANN401

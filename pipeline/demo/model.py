@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from pipeline.consumers.hf import HasPlaces, prepare, weighted_generate
+from pipeline.consumers.hf import prepare, weighted_generate
+from pipeline.consumers.placement import HasPlaces
 from pipeline.demo.corpus import write_if_changed
 from pipeline.evaluation.answers import load_model
 

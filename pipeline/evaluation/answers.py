@@ -24,6 +24,7 @@ from transformers import DynamicCache
 from transformers.utils import logging
 
 from pipeline.consumers import hf
+from pipeline.consumers.placement import HasFeatures, with_places
 from pipeline.errors import ConfigError
 from pipeline.evaluation.questions import PLAIN_TEMPLATE, fill_template
 from pipeline.types import Placement
@@ -145,7 +146,7 @@ class LanguageModel:
     def ask(
         self,
         prompts: PromptBatch,
-        images: Sequence[Tensor | hf.HasFeatures],
+        images: Sequence[Tensor | HasFeatures],
         *,
         placement: Placement = "packed",
     ) -> Answers:
@@ -166,7 +167,7 @@ class LanguageModel:
         if placement != "packed":  # the text goes on behind all tokens that there were
             lengths = [
                 len(prefix) - 1 + prod(image.grid)
-                for prefix, image in zip(prompts.prefixes, hf.with_places(carved), strict=True)
+                for prefix, image in zip(prompts.prefixes, with_places(carved), strict=True)
             ]
             known_B1 = torch.tensor(lengths, device=known_B1.device)[:, None]
         row = _Rows(self.model)

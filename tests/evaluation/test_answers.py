@@ -10,7 +10,8 @@ from torch import Tensor
 
 from pipeline import encoders
 from pipeline.carved_cache import CachedImage
-from pipeline.consumers.hf import HasFeatures, prepare, weighted_generate
+from pipeline.consumers.hf import prepare, weighted_generate
+from pipeline.consumers.placement import HasFeatures
 from pipeline.errors import ConfigError
 from pipeline.evaluation.answers import LanguageModel, PromptBatch, load_model
 from pipeline.types import Placement
