@@ -12,6 +12,7 @@ import typer
 import yaml
 
 from pipeline import calibration, carvers, codecs, encoders, plugin_table
+from pipeline.cache.garbage import find_garbage, remove
 from pipeline.cache.verify import find_damage
 from pipeline.carved_cache import open_cache
 from pipeline.config import JobConfig, load_config
@@ -151,6 +152,31 @@ def verify(url: str) -> None:
             print(problem, file=sys.stderr)
     print(f"{url}: {len(cache)} rows checked, {damaged} problems")
     raise typer.Exit(int(ExitCode.PARTIAL if damaged else ExitCode.OK))
+
+
+@app.command()
+def gc(
+    url: str,
+    grace_hours: Annotated[
+        float, typer.Option("--grace", min=0, help="Hours; younger files stay. 0: no run is on.")
+    ] = 24.0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say it, delete nothing.")] = False,
+) -> None:
+    """Delete what killed runs left in a cache: files that no commit and no snapshot names."""
+    num_files = num_bytes = 0
+    with _errors_as_lines():
+        store = open_store(url)
+        for garbage in find_garbage(store, grace_s=grace_hours * 3600):
+            print(
+                f"{garbage.path}: {len(garbage.entries)} files, {garbage.size} bytes: "
+                f"{garbage.reason}"
+            )
+            if not dry_run:
+                remove(store, garbage)
+            num_files += len(garbage.entries)
+            num_bytes += garbage.size
+    done = "would be deleted" if dry_run else "deleted"
+    print(f"{url}: {num_files} files, {num_bytes / 1e6:.2f} MB {done}")
 
 
 @app.command()

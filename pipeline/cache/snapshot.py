@@ -109,12 +109,17 @@ def _assemble(
 
 def latest_snapshot(store: Store) -> Snapshot | None:
     """Return the newest snapshot, or None if there is none."""
-    numbers = [
-        entry.path.split("/")[-2]
+    numbers = list_snapshots(store)
+    return read_snapshot(store, numbers[-1]) if numbers else None
+
+
+def list_snapshots(store: Store) -> list[int]:
+    """Return the numbers of all snapshots, ascending; one listing, no reads."""
+    return sorted(
+        int(entry.path.split("/")[-2])
         for entry in store.list(layout.SNAPSHOTS)
         if entry.path.endswith("/snapshot.json")
-    ]
-    return read_snapshot(store, int(max(numbers))) if numbers else None
+    )
 
 
 def read_snapshot(store: Store, number: int) -> Snapshot:

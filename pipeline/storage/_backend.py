@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from typing import Any
 
 import fsspec
@@ -78,6 +79,22 @@ class Backend:
             return f"{int(seconds * 1e6):x}-{info['size']:x}"
         found = next((info[name] for name in ("ETag", "etag", "md5Hash") if info.get(name)), "")
         return str(found).strip('"')
+
+    def modified(self, path: str, info: Mapping[str, Any]) -> float | None:
+        """Return the Unix time of an object's last change, by the store's clock, if it says so.
+
+        Raises:
+            FileNotFoundError: a local file has just gone.
+        """
+        if self.is_local:
+            return os.stat(path).st_mtime
+        names = ("LastModified", "last_modified", "updated", "mtime", "created")
+        found = next((info[name] for name in names if info.get(name)), None)
+        if isinstance(found, str):
+            found = datetime.fromisoformat(found)
+        if isinstance(found, datetime):  # one without a zone is in UTC
+            return (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()
+        return float(found) if isinstance(found, int | float) else None
 
     def _open(self) -> tuple[Any, str]:
         # Drivers do not survive a fork; a filesystem belongs to the process that opened it.

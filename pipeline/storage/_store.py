@@ -31,6 +31,12 @@ class Entry:
     path: str  # relative to the store
     size: int  # bytes
     etag: str  # changes when the content does; "" where the store gives none
+    modified: float | None  # Unix time by the store's clock; None where it does not say
+
+    @property
+    def is_temporary(self) -> bool:
+        """Tell what a writer to a local store had not finished."""
+        return self.path.endswith(_local.TEMPORARY_SUFFIX)
 
 
 def open_store(url: str) -> Store:
@@ -155,9 +161,10 @@ class Store:
                 continue
             try:
                 etag = self._backend.etag(name, infos[name])
+                modified = self._backend.modified(name, infos[name])
             except FileNotFoundError:  # deleted since it was listed
                 continue
-            yield Entry(name[len(root) :].lstrip("/"), infos[name]["size"], etag)
+            yield Entry(name[len(root) :].lstrip("/"), infos[name]["size"], etag, modified)
 
     def list_names(self, prefix: str = "") -> builtins.list[str]:
         """Return the names of the objects and folders directly in a folder, sorted."""
