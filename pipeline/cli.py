@@ -19,7 +19,7 @@ from pipeline.config import JobConfig, load_config
 from pipeline.errors import ExitCode, PipelineError
 from pipeline.evaluation import choose_command, evaluate_command, show_command
 from pipeline.job import resolve_job
-from pipeline.plan import make_plan
+from pipeline.plan import Estimate, Plan, estimate, make_plan
 from pipeline.run_report import RunReport
 from pipeline.storage import open_store
 
@@ -33,6 +33,10 @@ app = typer.Typer(
 ConfigPath = Annotated[Path, typer.Option("--config", help="YAML file of one complete run.")]
 InputShards = Annotated[str | None, typer.Option("--input", help="Replaces input.shards.")]
 OutputUrl = Annotated[str | None, typer.Option("--output", help="Replaces output.url.")]
+OnChanged = Annotated[
+    str | None,
+    typer.Option("--changed", help="Shards that changed: reprocess, error or ignore."),
+]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="dotted.key=value; may be repeated.")
 ]
@@ -43,6 +47,7 @@ def run(
     config: ConfigPath,
     input_shards: InputShards = None,
     output: OutputUrl = None,
+    changed: OnChanged = None,
     overrides: Overrides = None,
 ) -> None:
     """Carve every shard of the input that is not in the cache yet."""
@@ -50,7 +55,8 @@ def run(
 
     _log_to_stderr()
     with _errors_as_lines():
-        job = resolve_job(_read_config(config, input_shards, output, overrides))
+        chosen = _with_changed(overrides, changed)
+        job = resolve_job(_read_config(config, input_shards, output, chosen))
         report = run_job(job)
     for line in summary_lines(report, job.config.output.url):
         print(line)
@@ -62,16 +68,18 @@ def plan(
     config: ConfigPath,
     input_shards: InputShards = None,
     output: OutputUrl = None,
+    changed: OnChanged = None,
     overrides: Overrides = None,
 ) -> None:
     """Show what a run would do; change nothing."""
     with _errors_as_lines():
-        job = resolve_job(_read_config(config, input_shards, output, overrides))
-        todo = make_plan(job, open_store(job.config.output.url))
-    print(
-        f"{len(todo.shards)} shards: {todo.num_done} done, {len(todo.todo)} to do "
-        f"({todo.todo_bytes / 1e6:.1f} MB)"
-    )
+        chosen = _with_changed(overrides, changed)
+        job = resolve_job(_read_config(config, input_shards, output, chosen))
+        store = open_store(job.config.output.url)
+        found = make_plan(job, store)
+        coming = estimate(found, store)
+    for line in plan_lines(found, coming):
+        print(line)
 
 
 @app.command()
@@ -211,6 +219,30 @@ def evaluate_fidelity(
         evaluate_command.report(task, summary)
 
 
+def plan_lines(plan: Plan, coming: Estimate | None) -> Iterator[str]:
+    """Yield what a run would do in words."""
+    yield (
+        f"{len(plan.shards)} shards: {plan.num_done} done, {len(plan.todo)} to do "
+        f"({plan.todo_bytes / 1e6:.1f} MB)"
+    )
+    if plan.todo:
+        yield f"of those to do {plan.num_new} are new, {len(plan.todo) - plan.num_new} changed"
+    if plan.changed and not {*plan.changed} & {*plan.todo}:
+        yield f"{len(plan.changed)} changed shards stay as they were carved"
+    if plan.removed:
+        yield (
+            f"{len(plan.removed)} shards are in the cache and no longer in the input; they stay: "
+            f"{', '.join(plan.removed[:5])}{', ...' if len(plan.removed) > 5 else ''}"
+        )
+    if plan.todo and coming is not None:
+        yield (
+            f"like run {coming.run_id}: about {coming.images} images, {coming.hours:.2f} hours, "
+            f"{coming.output_bytes / 1e6:.1f} MB of tokens"
+        )
+    elif plan.todo:
+        yield "no earlier run of this cache tells how long that takes"
+
+
 def summary_lines(report: RunReport, url: str) -> Iterator[str]:
     """Yield the end of a run in words."""
     if report.num_done_before == report.num_shards:
@@ -260,6 +292,11 @@ app.command("show")(_with_lines(show_command.show))
 def main() -> None:
     """Run the `carve` command."""
     app()
+
+
+def _with_changed(overrides: list[str] | None, changed: str | None) -> list[str]:
+    """Return the overrides with that of `--changed`."""
+    return [*(overrides or ()), *([f"input.on_changed={changed}"] if changed else ())]
 
 
 def _read_config(

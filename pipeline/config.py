@@ -33,6 +33,8 @@ class InputConfig(StrictModel):
     columns: list[str] = ["json", "txt", "cls"]
     """Suffixes of members that go to the cache as text columns of the same name."""
     on_truncated: Literal["fail", "commit_partial"] = "fail"
+    on_changed: Literal["reprocess", "error", "ignore"] = "reprocess"
+    """What becomes of a shard that is committed and has another size or etag since."""
     max_member_mib: Annotated[int, Field(ge=1)] = 128
     max_megapixels: Annotated[float, Field(gt=0)] = 89.0
     """Larger images are rejected by their header, before they are decoded."""

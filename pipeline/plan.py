@@ -1,14 +1,19 @@
 """What a run has to do: the shards of the input that no commit covers."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline.cache import layout
 from pipeline.cache.commit import check_identity, list_committed
+from pipeline.errors import CacheFormatError, ConfigError
 from pipeline.job import Job
 from pipeline.source import expand_shards, shard_id
 from pipeline.storage import Store
 from pipeline.types import ShardRef
+
+_MAX_NAMED = 5  # shards in an error
+_MAX_RUNS = 20  # summaries looked at for one with images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,12 +22,19 @@ class Plan:
 
     shards: Sequence[ShardRef]
     todo: Sequence[ShardRef]
+    changed: Sequence[ShardRef]  # committed as they were before their size or etag changed
+    removed: Sequence[str]  # ids of shards that are committed and no longer in the input
+    works: Mapping[str, str]
+    """Work fingerprint by shard id, of every shard whose commit is to be of its present content."""
 
-    works: Mapping[str, str]  # work fingerprint of every shard, by shard id
+    @property
+    def num_new(self) -> int:
+        """Shards to do that were never committed."""
+        return len(self.todo) - len({*self.todo} & {*self.changed})
 
     @property
     def num_done(self) -> int:
-        """Shards that are committed already."""
+        """Shards that there is nothing to do for."""
         return len(self.shards) - len(self.todo)
 
     @property
@@ -31,17 +43,81 @@ class Plan:
         return sum(shard.size for shard in self.todo)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Estimate:
+    """What the shards to do will come to if they are like those of an earlier run."""
+
+    run_id: str
+    images: int
+    hours: float
+    output_bytes: int
+
+
 def make_plan(job: Job, store: Store) -> Plan:
     """List the input once and the commits once, and compare. Changes nothing.
 
     Raises:
-        ConfigError: the input names no shard, or one that is not there; or the output holds a
-            cache made with other settings.
+        ConfigError: the input names no shard, or one that is not there; the output holds a cache
+            made with other settings; or shards have changed and `input.on_changed` forbids that.
     """
     if store.exists(layout.IDENTITY_PATH):
         check_identity(store, job.identity)
     shards = expand_shards(job.config.input.shards)
     committed = list_committed(store)
-    works = {shard_id(s): job.work_fingerprint(s) for s in shards}
-    todo = [s for s in shards if (shard_id(s), works[shard_id(s)]) not in committed]
-    return Plan(shards=shards, todo=todo, works=works)
+    ids = {shard: shard_id(shard) for shard in shards}
+    works = {ids[shard]: job.work_fingerprint(shard) for shard in shards}
+    todo = [s for s in shards if (ids[s], works[ids[s]]) not in committed]
+    before = {known for known, _ in committed}
+    changed = [s for s in todo if ids[s] in before]
+    on_changed = job.config.input.on_changed
+    if changed and on_changed == "error":
+        named = ", ".join(s.url for s in changed[:_MAX_NAMED])
+        more = f" and {len(changed) - _MAX_NAMED} more" if len(changed) > _MAX_NAMED else ""
+        raise ConfigError(
+            f"{len(changed)} shards have changed since they were carved: {named}{more}; put them "
+            "back, or carve them again or leave them as they were by input.on_changed=reprocess or "
+            "ignore"
+        )
+    if on_changed == "ignore":
+        left = {*changed}
+        todo = [shard for shard in todo if shard not in left]
+        works = {ids[s]: works[ids[s]] for s in shards if s not in left}
+    return Plan(
+        shards=shards,
+        todo=todo,
+        changed=changed,
+        removed=sorted(before - {*ids.values()}),
+        works=works,
+    )
+
+
+def estimate(plan: Plan, store: Store) -> Estimate | None:
+    """Return what the shards to do will come to, by the rate of the last run that wrote images.
+
+    Images of a shard are estimated from its size and the bytes of an image then, so that they are
+    a few per cent too many: a tar file has headers.
+
+    Returns:
+        None where no run of this cache has written any.
+
+    Raises:
+        CacheFormatError: a run's summary cannot be read.
+    """
+    for run_id in list(reversed(store.list_names(layout.RUNS)))[:_MAX_RUNS]:
+        path = layout.run_path(run_id, "summary.json")
+        if not store.exists(path):  # it was killed before it wrote one
+            continue
+        try:
+            done = json.loads(store.read(path))
+            if not done["images"]:
+                continue
+            images = plan.todo_bytes * done["images"] / done["bytes_in"]
+            return Estimate(
+                run_id=run_id,
+                images=round(images),
+                hours=images * done["seconds"] / done["images"] / 3600,
+                output_bytes=round(images * done["bytes_tokens"] / done["images"]),
+            )
+        except (json.JSONDecodeError, KeyError, TypeError, ZeroDivisionError) as err:
+            raise CacheFormatError(f"{store.url}/{path} is damaged: {err!r}") from err
+    return None
