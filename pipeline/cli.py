@@ -3,7 +3,7 @@
 import functools
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -37,25 +37,36 @@ OnChanged = Annotated[
     str | None,
     typer.Option("--changed", help="Shards that changed: reprocess, error or ignore."),
 ]
+MaxHours = Annotated[
+    float | None, typer.Option("--max-hours", help="Start nothing after it; the next run goes on.")
+]
+MaxShards = Annotated[int | None, typer.Option("--max-shards", help="Start at most so many.")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="dotted.key=value; may be repeated.")
 ]
 
 
 @app.command()
-def run(
+def run(  # noqa: PLR0913  (one argument a flag)
     config: ConfigPath,
     input_shards: InputShards = None,
     output: OutputUrl = None,
     changed: OnChanged = None,
+    max_hours: MaxHours = None,
+    max_shards: MaxShards = None,
     overrides: Overrides = None,
 ) -> None:
     """Carve every shard of the input that is not in the cache yet."""
     from pipeline.ray_runner import run_job
 
     _log_to_stderr()
+    flags = {
+        "input.on_changed": changed,
+        "runner.max_hours": max_hours,
+        "runner.max_shards": max_shards,
+    }
     with _errors_as_lines():
-        chosen = _with_changed(overrides, changed)
+        chosen = _with_flags(overrides, flags)
         job = resolve_job(_read_config(config, input_shards, output, chosen))
         report = run_job(job)
     for line in summary_lines(report, job.config.output.url):
@@ -73,7 +84,7 @@ def plan(
 ) -> None:
     """Show what a run would do; change nothing."""
     with _errors_as_lines():
-        chosen = _with_changed(overrides, changed)
+        chosen = _with_flags(overrides, {"input.on_changed": changed})
         job = resolve_job(_read_config(config, input_shards, output, chosen))
         store = open_store(job.config.output.url)
         found = make_plan(job, store)
@@ -294,9 +305,10 @@ def main() -> None:
     app()
 
 
-def _with_changed(overrides: list[str] | None, changed: str | None) -> list[str]:
-    """Return the overrides with that of `--changed`."""
-    return [*(overrides or ()), *([f"input.on_changed={changed}"] if changed else ())]
+def _with_flags(overrides: list[str] | None, flags: Mapping[str, object]) -> list[str]:
+    """Return the overrides, and behind them what flags say that were given."""
+    given = [f"{key}={value}" for key, value in flags.items() if value is not None]
+    return [*(overrides or ()), *given]
 
 
 def _read_config(

@@ -78,6 +78,10 @@ class RunnerConfig(StrictModel):
     """An actor that has not started and loaded its weights by then is not waited for."""
     fail_fast_after: Annotated[int, Field(ge=1)] = 8
     """The run stops when this many shards have failed and none is committed, now or before."""
+    max_hours: Annotated[float, Field(gt=0)] | None = None
+    """Nothing is started after it; what is at work then is finished. The exit code is 75."""
+    max_shards: Annotated[int, Field(ge=1)] | None = None
+    """At most so many shards are started. The exit code is 75 if more were to do."""
     progress_s: Annotated[float, Field(gt=0)] = 5.0
 
 

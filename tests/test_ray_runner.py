@@ -99,6 +99,37 @@ def test_a_corpus_is_carved_and_a_second_run_has_nothing_to_do(tmp_path: Path) -
     assert summary(tmp_path)["peak_rss_bytes"] > 50e6
 
 
+def test_a_run_may_be_limited_to_some_shards(tmp_path: Path) -> None:
+    first = run(tmp_path, max_shards=1)
+    second = run(tmp_path, max_shards=2)
+    third = run(tmp_path, max_shards=1)
+
+    assert (first.num_committed, first.num_not_started) == (1, 3)
+    assert (second.num_committed, second.num_not_started) == (2, 1)
+    assert (third.num_committed, third.num_not_started) == (1, 0)
+    codes = [report.exit_code for report in (first, second, third)]
+    assert codes == [ExitCode.INTERRUPTED, ExitCode.INTERRUPTED, ExitCode.OK]
+    assert len(open_cache(str(tmp_path / "cache"))) == 13
+
+
+def test_a_shard_that_was_begun_is_tried_again_within_the_limit(tmp_path: Path) -> None:
+    """The marked shard, the second, kills its actor once."""
+    report = run(tmp_path, "kill_once", max_shards=2, num_actors=1)
+
+    assert (report.num_committed, report.num_not_started) == (2, 2)
+    assert report.retries["actor_lost"] >= 1
+
+
+def test_after_its_hours_a_run_starts_nothing_and_finishes_what_it_began(tmp_path: Path) -> None:
+    first = run(tmp_path, max_hours=1e-9)
+    second = run(tmp_path, max_hours=1.0)
+
+    # The hours were over at once, so nothing was begun.
+    assert (first.num_committed, first.num_not_started) == (0, 4)
+    assert first.exit_code == ExitCode.INTERRUPTED
+    assert (second.num_committed, second.exit_code) == (4, ExitCode.OK)
+
+
 def test_a_second_run_carves_only_what_is_new(tmp_path: Path) -> None:
     run(tmp_path)
     write_tar(tmp_path / "in" / "shard-00009.tar", [])

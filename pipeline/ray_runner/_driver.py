@@ -74,6 +74,8 @@ class Driver:
         self.report = report
         self.stopping = stopping
         self.todo = deque(_Work(shard=shard) for shard in todo)
+        self.left: list[_Work] = []  # what the limits of this run do not allow
+        self.num_started, self.started_at = 0, time.monotonic()
         self.batch_size = self.runner.batch_size  # lowered for good where memory does not do
         self.progress = RunProgress(interval_s=self.runner.progress_s)
         gpus, cpus, self.num_actors = actor_shape(self.runner, len(todo))
@@ -101,6 +103,7 @@ class Driver:
         """
         try:
             while (self.todo or self._in_flight()) and not self.stopping.is_set():
+                self._keep_limits()
                 self._replace_actors()
                 self._hand_out()
                 self._settle_ready()
@@ -114,7 +117,8 @@ class Driver:
                 raise
             self._give_up_all(str(err))
         finally:
-            self.report.interrupted = self.stopping.is_set()
+            self.report.interrupted = self.stopping.is_set() or bool(self.left)
+            self.report.num_not_started += sum(not work.attempts for work in self.left)
             self.progress.close()
             # What is in flight commits nothing; no commit will name the files it leaves.
             for actor in self.actors:
@@ -122,6 +126,25 @@ class Driver:
 
     def _in_flight(self) -> int:
         return sum(len(actor.calls) for actor in self.actors)
+
+    def _keep_limits(self) -> None:
+        """Put aside what this run may not start; what is in flight goes on to its end."""
+        most, hours = self.runner.max_shards, self.runner.max_hours
+        if hours is not None and time.monotonic() - self.started_at >= hours * 3600:
+            self._put_aside(list(self.todo), f"runner.max_hours={hours}")
+        elif most is not None and self.num_started >= most:
+            # A shard that was begun is tried again: it counts already.
+            fresh = [work for work in self.todo if not work.attempts]
+            self._put_aside(fresh, f"runner.max_shards={most}")
+
+    def _put_aside(self, works: Sequence[_Work], limit: str) -> None:
+        if not works:
+            return
+        if not self.left:
+            logger.warning("%s: nothing more is started; the same command resumes", limit)
+        self.left += works
+        aside = {id(work) for work in works}
+        self.todo = deque(work for work in self.todo if id(work) not in aside)
 
     def _replace_actors(self) -> None:
         wanted = min(self.num_actors, len(self.todo) + self._in_flight())
@@ -139,8 +162,10 @@ class Driver:
                     if self.todo[0].attempts and actor.calls:
                         continue
                     self._start(actor, self.todo.popleft())
+                    self._keep_limits()
 
     def _start(self, actor: _Actor, work: _Work) -> None:
+        self.num_started += not work.attempts
         work.attempts += 1
         carve = actor.handle.carve.options(concurrency_group="carve")
         actor.calls[carve.remote(work.shard, self.batch_size)] = work
