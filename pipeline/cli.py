@@ -21,6 +21,7 @@ from pipeline.evaluation import choose_command, evaluate_command, show_command
 from pipeline.job import resolve_job
 from pipeline.plan import Estimate, Plan, estimate, make_plan
 from pipeline.run_report import RunReport
+from pipeline.status import read_status, status_lines
 from pipeline.storage import open_store
 
 app = typer.Typer(
@@ -158,6 +159,18 @@ def inspect(url: str, key: Annotated[str | None, typer.Argument()] = None) -> No
     print(f"tokens: {snapshot.num_tokens}, width {cache.width}")
     for kind in ("encoder", "carver", "codec"):
         print(f"{kind}: {settings[kind]}")
+
+
+@app.command()
+def status(
+    url: str,
+    runs: Annotated[int, typer.Option(min=0, help="How many of the last runs to show.")] = 5,
+) -> None:
+    """Show what is done, at work and failed, from the store alone; changes nothing."""
+    with _errors_as_lines():
+        found = read_status(open_store(url), num_runs=runs)
+        for line in status_lines(found, url):
+            print(line)
 
 
 @app.command()

@@ -13,7 +13,7 @@ LAYERS = (
     {"registry", "config", "storage", "byte_queue", "heap", "stop_signal"},
     {"source", "decode", "encoders", "carvers", "codecs", "cache"},
     {"job", "carved_cache"},
-    {"plan", "shard_pipeline", "dataset", "run_report", "calibration"},
+    {"plan", "shard_pipeline", "dataset", "run_report", "calibration", "status"},
     {"carve_shard"},
     {"progress", "consumers", "evaluation", "plugin_table"},
     {"ray_runner"},
