@@ -11,6 +11,8 @@ from tests.network import isolate
 
 ROOT = Path(__file__).parents[1]
 
+pytest_plugins = ["tests.servers.fixtures"]
+
 ISOLATED = isolate()
 """True where the tests can reach nothing but loopback, by construction."""
 
