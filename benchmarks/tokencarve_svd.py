@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from hardware import processor
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits
+from threadpoolctl import threadpool_info, threadpool_limits
 from torch import Tensor
 
 from pipeline import carvers
@@ -39,14 +39,16 @@ calls it; torch gives it all threads. Ours gives each image one core and as many
 threads at once, so that no score depends on the number of threads or on batch-mates. All forms run
 with the heap of an actor (`pipeline/heap.py`).
 """
-END = """
+LIMIT = """
 ## What the limit is
 
 Per image and core there remain the float64 Gram matrix (half a product: N^2 D operations, near the
 peak of the core) and the float64 `eigh` of 576 x 576, half of which waits for memory, not for
-arithmetic: together 62 ms where the full SVD takes 780, so about 13 x is the limit of this method
-with these libraries, on one core and on two. The aim of 15 x is not met. On a busy machine the
-minima say more than the medians.
+arithmetic. Both are NumPy's, so how far this comes depends on the kernels that its OpenBLAS takes.
+`OPENBLAS_CORETYPE` in the environment can hold it below what the processor has: set to `Haswell`
+(AVX2), this command gives about 12 x on the processor named above, which has AVX-512, and earlier
+versions of this page, unaware of it, said 13 x. The full SVD is torch's and takes the same time
+either way. On a busy machine the minima say more than the medians.
 
 Float32 would save about half of both steps but is not accurate enough: squaring
 the matrix squares the ratio of its singular values, and on the stored outputs of the published code
@@ -175,6 +177,18 @@ def report(options: argparse.Namespace, threads: int) -> None:
         print(f"| {name} | {' | '.join(milliseconds)} | {ratio:.1f} x | {least_ratio:.1f} x |")
 
 
+def blas() -> str:
+    """Return in words which kernels NumPy's products and decompositions use."""
+    kernels = {
+        f"{found['internal_api']} {found['version']}, kernels {found['architecture']}"
+        for found in threadpool_info()
+        if found["user_api"] == "blas" and "numpy" in found["filepath"]
+    }
+    forced = os.environ.get("OPENBLAS_CORETYPE")
+    said = f" (OPENBLAS_CORETYPE={forced})" if forced else ""
+    return f"NumPy's BLAS: {'; '.join(sorted(kernels))}{said}."
+
+
 def main() -> None:
     """Parse the options, print where this runs, and one table per number of threads."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -196,10 +210,10 @@ def main() -> None:
         f"{options.images} images of N = {options.num_tokens}, D = {options.width}, float32, ",
         end="",
     )
-    print(f"K = {options.keep}; {options.rounds} rounds.")
+    print(f"K = {options.keep}; {options.rounds} rounds. {blas()}")
     for threads in options.threads or [1, 2]:
         report(options, threads)
-    print(END)
+    print(LIMIT)
 
 
 if __name__ == "__main__":
