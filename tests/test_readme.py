@@ -48,10 +48,3 @@ def test_the_example_carver_works_as_written() -> None:
     (kept,) = namespace["KeyNorm"](keep_tokens=2).carve(tokens)
 
     assert kept.positions.tolist() == [1, 2]
-
-
-def test_every_file_that_readme_links_to_is_there() -> None:
-    links = re.findall(r"\]\(((?!https?:)[^)#]+)", README)
-
-    assert links
-    assert [link for link in links if not (ROOT / link).exists()] == []
