@@ -19,6 +19,7 @@ import pytest
 import typer
 import yaml
 
+from jobs.run_rayjob import main, named
 from pipeline.cli import app
 from pipeline.config import JobConfig, load_config
 from tests.conftest import ROOT
@@ -73,6 +74,10 @@ def flags(command: str) -> set[str]:
 
 def test_the_rayjob_is_one_by_its_schema() -> None:
     assert rayjob_problems(RAYJOB) == []
+
+
+def test_what_the_nightly_job_makes_of_it_is_one_too() -> None:
+    assert rayjob_problems(named(RAYJOB, "carve-nightly-29412345-run", job="x", uid="u")) == []
 
 
 @pytest.mark.parametrize(
@@ -138,8 +143,6 @@ def test_the_entrypoint_is_a_command_of_ours_with_the_mounted_config() -> None:
 
 
 def test_the_nightly_job_runs_a_script_of_ours_with_options_it_has() -> None:
-    from jobs.run_rayjob import main
-
     program, script, manifest, *options = CONTAINERS["nightly"]["command"]
     single = typer.Typer()
     single.command()(main)
