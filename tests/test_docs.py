@@ -72,7 +72,7 @@ def reasons(path: Path) -> Iterator[str]:
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
             found = node.args[:2] if node.func.attr in REASONED else []
         elif isinstance(node, ast.Return) and isinstance(node.value, ast.Tuple):
-            found = node.value.elts[:1] if path.parent.name == "source" else []
+            found = node.value.elts if path.parent.name in ("source", "ray_runner") else []
         elif isinstance(node, ast.Subscript) and ast.unparse(node.value).endswith(".retries"):
             found = [node.slice]
         for value in found:

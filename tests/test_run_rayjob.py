@@ -1,7 +1,10 @@
 """The nightly job against a small Kubernetes API of the tests' own: none can be installed here."""
 
+import datetime
 import importlib.util
+import ipaddress
 import json
+import ssl
 import threading
 import time
 from collections.abc import Iterator
@@ -12,6 +15,9 @@ from typing import Any
 import pytest
 import typer
 import yaml
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from typer.testing import CliRunner, Result
 
 from jobs.run_rayjob import main
@@ -149,6 +155,50 @@ def night(api: Api, account: Path, config: Path) -> Any:
         return CliRunner().invoke(app, given, env=environment)
 
     return run
+
+
+def make_certificate(folder: Path) -> Path:
+    """Write a certificate of 127.0.0.1 that is its own authority, and its key behind it."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "tests")])
+    now = datetime.datetime.now(datetime.UTC)
+    address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(hours=1))
+        .not_valid_after(now + datetime.timedelta(hours=1))
+        .add_extension(x509.SubjectAlternativeName([address]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    (folder / "ca.crt").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    private = key.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
+    )
+    path = folder / "server.pem"
+    path.write_bytes(private + (folder / "ca.crt").read_bytes())
+    return path
+
+
+def test_it_trusts_the_api_by_the_authority_of_the_service_account_alone(
+    api: Api, night: Any, account: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(make_certificate(account))
+    api.socket = context.wrap_socket(api.socket, server_side=True)
+    monkeypatch.setattr("jobs.run_rayjob._PATIENCE_S", 0.0)
+    url = api.url.replace("http:", "https:")
+
+    trusted = night("--server", url)
+    make_certificate(account)
+    foreign = night("--server", url, "--job", "another")
+
+    assert trusted.exit_code == 0, trusted.output
+    assert foreign.exit_code == 1
+    assert "certificate verify failed" in foreign.output
+    assert [*api.objects] == ["carve-nightly-1-run"]
 
 
 def test_it_creates_the_rayjob_for_its_job_under_a_name_of_its_own(api: Api, night: Any) -> None:
