@@ -204,27 +204,22 @@ class CarvedDataset(IterableDataset[PackedRow]):
     def _read(self, places: Sequence[RowPlace]) -> Iterator[PackedRow]:
         """Fetch rows of one row group: as a whole, or by ranges where that is far less."""
         reader = self.cache.reader
-        path, row_group = places[0].path, places[0].row_group
         wanted = sum(self._num_bytes(place) for place in places)
-        names = ["tokens", "aux", *self.columns]
-        table = None
-        with reader.part(path) as part:
-            size = part.metadata.row_group(row_group).total_byte_size
-            if self.columns or 2 * wanted >= size:
-                table = part.read_row_group(row_group, columns=names)
-        if table is None:
+        names = ["key", "tokens", "aux", *self.columns]
+        if not self.columns and 2 * wanted < reader.row_group_bytes(places[0]):
             stored = reader.read_many(places, self.cache.keep_tokens)
             for place, tokens in zip(places, stored, strict=True):
                 yield PackedRow(place=place, stored=tokens)
             return
+        table = reader.read_row_group(places[0], names)
         for place in places:
+            reader.check_key(table, place)
             values = {name: table[name][place.row] for name in names}
-            tokens = row_bytes.unpack_row(
+            tokens = reader.checked(
+                place,
                 memoryview(values["tokens"].as_buffer()),
                 memoryview(values["aux"].as_buffer()),
-                tokens_length=place.tokens_length,
-                keep_tokens=self.cache.keep_tokens,
-                where=f"{reader.store.url}/{place.path} key {place.key!r}",
+                self.cache.keep_tokens,
             )
             given = {name: values[name].as_py() for name in self.columns}
             yield PackedRow(place=place, stored=tokens, columns=given)

@@ -5,14 +5,17 @@ record in its place reads it back: if it names another attempt, that one won and
 are removed. See `docs/design.md` for what each crash leaves behind.
 """
 
-import json
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from pipeline.cache import layout
 from pipeline.cache.fetch import in_order
+from pipeline.cache.record import dump_record, parse_record, read_record
 from pipeline.cache.writer import WrittenFile
 from pipeline.errors import AlreadyExistsError, CacheFormatError, ConfigError, NotFoundError
 from pipeline.storage import Entry, Store
@@ -41,27 +44,38 @@ class Commit:
 
     def to_json(self) -> bytes:
         """Return the record's bytes."""
-        return layout.dump_json({"format_version": layout.FORMAT_VERSION, **asdict(self)})
+        return dump_record(asdict(self))
+
+
+_COMMIT = TypeAdapter(Commit)
 
 
 def parse_commit(content: bytes, *, where: str) -> Commit:
     """Read a record's bytes.
 
+    Args:
+        content: the bytes.
+        where: the path they were read from, which the record must belong to.
+
     Raises:
-        CacheFormatError: not a record of a format this package knows.
+        CacheFormatError: not a record of a format this package knows, or another's.
     """
+    values = parse_record(content, where=where)
     try:
-        values = json.loads(content)
-        version = values.pop("format_version")
-        if version != layout.FORMAT_VERSION:
-            raise CacheFormatError(
-                f"{where}: format version {version} is not known; install a newer carvecache"
-            )
-        values["shard"] = ShardRef(**values["shard"])
-        values["files"] = tuple(WrittenFile(**f) for f in values["files"])
-        return Commit(**values)
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as err:
-        raise CacheFormatError(f"{where}: not a commit record: {err}") from err
+        commit = _COMMIT.validate_python(values)
+    except ValidationError as err:
+        (first, *_) = err.errors()
+        place = ".".join(map(str, first["loc"]))
+        raise CacheFormatError(f"{where}: not a commit record: {place}: {first['msg']}") from err
+    if layout.commit_path(commit.shard_id, commit.work_fingerprint) != where:
+        raise CacheFormatError(f"{where} is the record of shard {commit.shard_id!r}")
+    folder = layout.attempt_path(commit.shard_id, commit.attempt)
+    for file in commit.files:
+        if file.path.rpartition("/")[0] != folder or min(file.size, file.rows) < 0:
+            raise CacheFormatError(f"{where} names {file.path!r}, which is no file of its attempt")
+    if not math.isfinite(commit.committed_at):
+        raise CacheFormatError(f"{where}: committed at {commit.committed_at}")
+    return commit
 
 
 def try_commit(store: Store, commit: Commit) -> Commit:
@@ -149,12 +163,12 @@ def claim_identity(store: Store, identity: Mapping[str, Any]) -> Mapping[str, An
     Raises:
         ConfigError: the cache was made with other settings; names those that differ.
     """
-    record = {"format_version": layout.FORMAT_VERSION, "created_at": time.time(), **identity}
+    record = {**identity, "created_at": time.time()}
     try:
-        store.put_once(layout.IDENTITY_PATH, layout.dump_json(record))
+        store.put_once(layout.IDENTITY_PATH, dump_record(record))
     except AlreadyExistsError:
         return check_identity(store, identity)
-    return record
+    return {"format_version": layout.FORMAT_VERSION, **record}
 
 
 def check_identity(store: Store, identity: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -181,21 +195,43 @@ def read_identity(store: Store) -> Mapping[str, Any]:
         CacheFormatError: there is none, or it is of a version this package does not know.
     """
     try:
-        content = store.read(layout.IDENTITY_PATH)
+        identity = read_record(store, layout.IDENTITY_PATH)
     except NotFoundError as err:
         raise CacheFormatError(
             f"{store.url} is not a cache: it has no {layout.IDENTITY_PATH}"
         ) from err
     try:
-        identity = json.loads(content)
-        version = identity["format_version"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as err:
-        raise CacheFormatError(f"{store.url}/{layout.IDENTITY_PATH} is damaged: {err}") from err
-    if version != layout.FORMAT_VERSION:
+        _IDENTITY.validate_python(identity)
+    except ValidationError as err:
+        (first, *_) = err.errors()
+        place = ".".join(map(str, first["loc"]))
         raise CacheFormatError(
-            f"{store.url}: format version {version} is not known; install a newer carvecache"
-        )
-    return dict(identity)
+            f"{store.url}/{layout.IDENTITY_PATH} is damaged: {place}: {first['msg']}"
+        ) from err
+    return {"format_version": layout.FORMAT_VERSION, **identity}
+
+
+class _Plugin(BaseModel):
+    name: str
+    options: dict[str, Any]
+
+
+class _Settings(BaseModel):
+    encoder: dict[str, Any]
+    carver: _Plugin
+    codec: _Plugin
+    width: Annotated[int, Field(ge=1)]
+
+
+class _Identity(BaseModel):
+    """What a reader needs of `carve.json`."""
+
+    fingerprint: str
+    settings: _Settings
+    nested: bool
+
+
+_IDENTITY = TypeAdapter(_Identity)
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

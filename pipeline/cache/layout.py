@@ -5,6 +5,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ COMMITS = "commits"
 SNAPSHOTS = "snapshots"
 RUNS = "runs"
 DATA = "data"
+INDEX_NAME = "index.parquet"
 
 METADATA_KEY = b"carvecache"
 """Key of the JSON in the metadata of every Parquet file."""
@@ -52,8 +54,12 @@ INDEX_SCHEMA = pa.schema(
         pa.field("tokens_length", pa.int64(), nullable=False),
         pa.field("aux_offset", pa.int64(), nullable=False),
         pa.field("aux_length", pa.int64(), nullable=False),
+        pa.field("aux_crc32c", pa.uint32()),  # its last 4 bytes; null in older files
     ]
 )
+
+SNAPSHOT_INDEX_SCHEMA = INDEX_SCHEMA.append(pa.field("file", pa.int32(), nullable=False))
+"""Of a snapshot's index table; `file` is the number of the part in its files table."""
 
 ERRORS_SCHEMA = pa.schema(
     [pa.field(name, pa.string(), nullable=False) for name in ("key", "stage", "reason", "message")]
@@ -67,6 +73,16 @@ FILES_SCHEMA = pa.schema(
         pa.field("sha256", pa.string(), nullable=False),
         pa.field("rows", pa.int64(), nullable=False),
         pa.field("shard", pa.string(), nullable=False),
+        pa.field("footer_crc32c", pa.uint32()),  # of the part's footer; null in older files
+    ]
+)
+
+FAILURES_SCHEMA = pa.schema(
+    [
+        pa.field("shard", pa.string(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("message", pa.string(), nullable=False),
+        pa.field("attempts", pa.int32(), nullable=False),
     ]
 )
 
@@ -86,8 +102,14 @@ def part_path(shard_id: str, attempt: str, part: int) -> str:
     return f"{attempt_path(shard_id, attempt)}/part-{part:05d}.parquet"
 
 
+def parse_part_name(name: str) -> int | None:
+    """Return the number of a part from its file name, or None for another file."""
+    found = re.fullmatch(r"part-([0-9]{5,9})\.parquet", name)
+    return int(found.group(1)) if found else None
+
+
 def index_path(shard_id: str, attempt: str) -> str:
-    return f"{attempt_path(shard_id, attempt)}/index.parquet"
+    return f"{attempt_path(shard_id, attempt)}/{INDEX_NAME}"
 
 
 def errors_path(shard_id: str, attempt: str) -> str:

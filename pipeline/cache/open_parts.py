@@ -3,12 +3,25 @@
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.cache import parquet
+from pipeline.errors import CacheFormatError
 from pipeline.storage import Store
 
 _MAX_IDLE = 16
+_TAIL_BYTES = 64 << 10  # holds most footers whole
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PartRecord:
+    """What a snapshot says of a part; None where it does not."""
+
+    size: int | None = None
+    footer_crc32c: int | None = None
 
 
 class OpenParts:
@@ -28,23 +41,50 @@ class OpenParts:
         return OpenParts, (self.store,)
 
     @contextmanager
-    def use(self, path: str) -> Iterator[pq.ParquetFile]:
+    def use(self, path: str, record: PartRecord) -> Iterator[pq.ParquetFile]:
         """Give an open part for the block.
 
+        Args:
+            path: of the part.
+            record: what it must be like.
+
         Raises:
-            FileNotFoundError: there is no such part.
+            NotFoundError: there is no such part.
+            CacheFormatError: it is damaged, or another file than the one recorded.
         """
-        part = self._take(path) or self._open(path)
+        part = self._take(path) or self._open(path, record)
         try:
             yield part
         finally:
             for unused in self._put_back(path, part):
                 unused.close(force=True)
 
-    def _open(self, path: str) -> pq.ParquetFile:
+    def _open(self, path: str, record: PartRecord) -> pq.ParquetFile:
+        where = self.store.url_of(path)
+        size = self.store.size(path)
+        if record.size not in (None, size):
+            raise CacheFormatError(
+                f"{where} has {size} bytes, not the {record.size} that were written"
+            )
+        footer = self._footer(path, size)
+        if record.footer_crc32c not in (None, parquet.footer_checksum(footer)):
+            raise CacheFormatError(
+                f"{where}: its footer does not match its checksum; the file is damaged or another"
+            )
+        metadata = parquet.parse_footer(footer, where=where)
         local = self.store.local_path(path)
-        source = local if local is not None else self.store.open_read(path)
-        return pq.ParquetFile(source, memory_map=local is not None)
+        # Not mapped: a file that is cut short while it is mapped kills the process that reads it.
+        source = self.store.open_read(path) if local is None else pa.OSFile(local)
+        return parquet.open_part(source, metadata, where=where)
+
+    def _footer(self, path: str, size: int) -> bytes:
+        where, length = self.store.url_of(path), min(size, _TAIL_BYTES)
+        footer = parquet.footer_of(self.store.read_range(path, size - length, length), where=where)
+        if isinstance(footer, int):
+            if footer > size:
+                raise CacheFormatError(f"{where} is damaged: its footer is longer than the file")
+            footer = self.store.read_range(path, size - footer, footer)
+        return footer
 
     def _take(self, path: str) -> pq.ParquetFile | None:
         with self._lock:

@@ -81,9 +81,9 @@ def pack_aux(
     return body + _CRC.pack(google_crc32c.value(body))
 
 
-def row_checksum(tokens: bytes, aux: bytes) -> int:
+def row_checksum(tokens: bytes | memoryview, aux: bytes | memoryview) -> int:
     """Return the crc32c of a whole row, tokens then aux."""
-    return int(google_crc32c.extend(google_crc32c.value(tokens), aux))
+    return int(google_crc32c.extend(google_crc32c.value(bytes(tokens)), bytes(aux)))
 
 
 def prefix_bytes(tokens_length: int, *, num_tokens: int, keep_tokens: int | None) -> int:
@@ -117,12 +117,7 @@ def unpack_row(
     Raises:
         CacheFormatError: the bytes are damaged or of another layout.
     """
-    aux = bytes(aux)
-    if len(aux) < _HEADER.size + _CRC.size:
-        raise CacheFormatError(f"{where}: aux has only {len(aux)} bytes; the file is damaged")
-    body, stored_crc = aux[: -_CRC.size], _CRC.unpack(aux[-_CRC.size :])[0]
-    if google_crc32c.value(body) != stored_crc:
-        raise CacheFormatError(f"{where}: aux does not match its checksum; the file is damaged")
+    body = aux_body(aux, where=where)
     layout, aux_bytes, block_tokens, count = _HEADER.unpack_from(body)
     start, head = _HEADER.size, b""
     if layout == 2 and len(body) >= start + _HEAD_LENGTH.size:
@@ -132,7 +127,8 @@ def unpack_row(
         start += head_length
     num_blocks = -(-count // block_tokens) if block_tokens else 0
     expected = start + count * (8 + aux_bytes) + 4 * num_blocks
-    if layout not in (1, 2) or not count or expected != len(body) or tokens_length % count:
+    is_known = layout in (1, 2) and count > 0 and block_tokens > 0 and expected == len(body)
+    if not is_known or tokens_length < count or tokens_length % count:
         raise CacheFormatError(
             f"{where}: aux layout {layout} with {count} tokens in {len(body)} bytes is not known; "
             "a newer version of this package may read it"
@@ -152,6 +148,53 @@ def unpack_row(
         num_tokens=keep,
         head=head,
     )
+
+
+def aux_body(aux: bytes | memoryview, *, where: str) -> bytes:
+    """Return what the checksum at the end of `aux` is of.
+
+    Raises:
+        CacheFormatError: they do not match.
+    """
+    aux = bytes(aux)
+    if len(aux) < _HEADER.size + _CRC.size:
+        raise CacheFormatError(f"{where}: aux has only {len(aux)} bytes; the file is damaged")
+    body = aux[: -_CRC.size]
+    if google_crc32c.value(body) != aux_checksum(aux):
+        raise CacheFormatError(f"{where}: aux does not match its checksum; the file is damaged")
+    return body
+
+
+def aux_checksum(aux: bytes | memoryview) -> int:
+    """Return the checksum that `aux` ends with, which stands for the whole row.
+
+    It covers the checksums of the tokens too. An index that holds it tells a row from any other.
+    """
+    return int(_CRC.unpack(aux[-_CRC.size :])[0])
+
+
+def check_is_indexed(
+    aux: bytes | memoryview, *, num_tokens: int, aux_crc32c: int | None, where: str
+) -> None:
+    """Check that an intact row is the one that an index means.
+
+    Args:
+        aux: of the row, checked by `unpack_row`.
+        num_tokens: as the index has it.
+        aux_crc32c: likewise; None where an older index has none.
+        where: key and place, for messages.
+
+    Raises:
+        CacheFormatError: it is another row.
+    """
+    count = _HEADER.unpack_from(aux)[3]
+    if count != num_tokens:
+        raise CacheFormatError(f"{where}: holds {count} tokens, the index says {num_tokens}")
+    if aux_crc32c is not None and aux_checksum(aux) != aux_crc32c:
+        raise CacheFormatError(
+            f"{where}: the row there is not the one that was indexed; the file was replaced or "
+            "its rows were moved"
+        )
 
 
 def _check_blocks(

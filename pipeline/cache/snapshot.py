@@ -5,21 +5,23 @@ snapshots/<n>/index-<id>.parquet   key -> file and place, sorted by key
 snapshots/<n>/snapshot.json        names the two; put if absent, last
 """
 
-import io
-import json
+import hashlib
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pydantic import TypeAdapter, ValidationError
 
-from pipeline.cache import layout
+from pipeline.cache import layout, parquet
 from pipeline.cache.commit import Commit, list_records, read_commits, select_current
 from pipeline.cache.fetch import in_order
+from pipeline.cache.record import dump_record, read_record
+from pipeline.cache.writer import WrittenFile
 from pipeline.errors import AlreadyExistsError, CacheFormatError
 from pipeline.storage import Entry, Store
 
@@ -44,9 +46,13 @@ class Snapshot:
     """Fingerprint of the listing of commit records it was made from; "" where it is not known."""
     choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Of each shard with several commits their work fingerprints, that of the one covered first."""
+    files_sha256: str = ""
+    """Of the files table; "" in older snapshots."""
+    index_sha256: str = ""
+    """Of the index table; "" in older snapshots."""
 
 
-_FIELDS = {f.name for f in fields(Snapshot)}
+_SNAPSHOT = TypeAdapter(Snapshot)
 
 
 def build_snapshot(store: Store, wanted: Mapping[str, str] | None = None) -> Snapshot:
@@ -76,8 +82,9 @@ def build_snapshot(store: Store, wanted: Mapping[str, str] | None = None) -> Sna
         number = latest.number + 1 if latest else 0
         made, files, index = _assemble(store, commits, number=number)
         snapshot = replace(made, records=_listing(records), choices=choices)
-        if _publish(store, snapshot, files, index):
-            return snapshot
+        published = _publish(store, snapshot, files, index)
+        if published is not None:
+            return published
         # Another driver took this number meanwhile, and may cover commits not listed here.
 
 
@@ -131,17 +138,17 @@ def read_snapshot(store: Store, number: int) -> Snapshot:
     """
     path = layout.snapshot_path(number, "snapshot.json")
     try:
-        values: dict[str, Any] = json.loads(store.read(path))
-        version = values.pop("format_version")
-        if version != layout.FORMAT_VERSION:
-            raise CacheFormatError(
-                f"{path}: format version {version} is not known; install a newer carvecache"
-            )
-        values["duplicates"] = tuple((key, shard) for key, shard in values["duplicates"])
-        values["choices"] = {s: tuple(works) for s, works in values.get("choices", {}).items()}
-        return Snapshot(**{name: values[name] for name in _FIELDS & values.keys()})
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as err:
-        raise CacheFormatError(f"{store.url}/{path} is damaged: {err}") from err
+        snapshot = _SNAPSHOT.validate_python(read_record(store, path))
+    except ValidationError as err:
+        (first, *_) = err.errors()
+        place = ".".join(map(str, first["loc"]))
+        raise CacheFormatError(f"{store.url}/{path} is damaged: {place}: {first['msg']}") from err
+    folder = layout.snapshot_path(number, "")
+    if snapshot.number != number or not all(
+        table.startswith(folder) for table in (snapshot.files, snapshot.index)
+    ):
+        raise CacheFormatError(f"{store.url}/{path} is the record of another snapshot")
+    return snapshot
 
 
 def _listing(records: Sequence[Entry]) -> str:
@@ -191,19 +198,21 @@ def _work(commits: Sequence[Commit]) -> str:
     return layout.fingerprint([(c.shard_id, c.attempt) for c in commits])
 
 
-def _publish(store: Store, snapshot: Snapshot, files: pa.Table, index: pa.Table) -> bool:
-    """Store a snapshot; return False, leaving nothing, if its number is taken."""
-    store.put(snapshot.files, _parquet_bytes(files))
-    store.put(snapshot.index, _parquet_bytes(index))
-    record = {"format_version": layout.FORMAT_VERSION, **asdict(snapshot)}
+def _publish(store: Store, snapshot: Snapshot, files: pa.Table, index: pa.Table) -> Snapshot | None:
+    """Store a snapshot and return its record; None, leaving nothing, if its number is taken."""
+    tables = _parquet_bytes(files), _parquet_bytes(index)
+    store.put(snapshot.files, tables[0])
+    store.put(snapshot.index, tables[1])
+    files_sha256, index_sha256 = (hashlib.sha256(content).hexdigest() for content in tables)
+    snapshot = replace(snapshot, files_sha256=files_sha256, index_sha256=index_sha256)
     path = layout.snapshot_path(snapshot.number, "snapshot.json")
     try:
-        store.put_once(path, layout.dump_json(record))
+        store.put_once(path, dump_record(asdict(snapshot)))
     except AlreadyExistsError:
         store.delete(snapshot.files)
         store.delete(snapshot.index)
-        return False
-    return True
+        return None
+    return snapshot
 
 
 def _files_table(commits: Sequence[Commit]) -> pa.Table:
@@ -218,7 +227,8 @@ def _files_table(commits: Sequence[Commit]) -> pa.Table:
 
 
 def _file_row(file: Any) -> Mapping[str, Any]:  # noqa: ANN401  (a WrittenFile)
-    return {"path": file.path, "size": file.size, "sha256": file.sha256, "rows": file.rows}
+    names = ("path", "size", "sha256", "rows", "footer_crc32c")
+    return {name: getattr(file, name) for name in names}
 
 
 def _index_table(
@@ -226,12 +236,13 @@ def _index_table(
 ) -> tuple[pa.Table, list[tuple[str, str]]]:
     """Return the rows of all shards sorted by key, and the (key, shard id) left out of them."""
     numbers = {path: number for number, path in enumerate(files["path"].to_pylist())}
-    schema = layout.INDEX_SCHEMA.append(pa.field("file", pa.int32(), nullable=False))
+    schema = layout.SNAPSHOT_INDEX_SCHEMA
     tables = [schema.empty_table()]
-    indexed = [(commit, f.path) for commit in commits for f in commit.files if f.kind == "index"]
-    found = in_order(lambda path: _read_index(store, path), [path for _, path in indexed])
+    indexed = [(commit, f) for commit in commits for f in commit.files if f.kind == "index"]
+    found = in_order(lambda file: _read_index(store, file), [file for _, file in indexed])
     for (commit, _), rows in zip(indexed, found, strict=True):
         parts = [numbers[f.path] for f in commit.files if f.kind == "part"]
+        _check_parts(rows, len(parts), where=f"{store.url}: index of shard {commit.shard_id}")
         file_of_row = pc.take(pa.array(parts, pa.int32()), rows["part"])
         tables.append(rows.append_column(schema.field("file"), file_of_row))
     # Within equal keys the lower file number, that is the earlier shard, comes first.
@@ -247,9 +258,18 @@ def _index_table(
     return index.filter(pc.invert(repeats)), duplicates
 
 
-def _read_index(store: Store, path: str) -> pa.Table:
-    content = io.BytesIO(store.read(path))
-    return pq.read_table(content, schema=layout.INDEX_SCHEMA, use_threads=False)
+def _read_index(store: Store, file: WrittenFile) -> pa.Table:
+    content, where = store.read(file.path), store.url_of(file.path)
+    parquet.check_content(content, size=file.size, sha256=file.sha256, where=where)
+    return parquet.read_table(content, layout.INDEX_SCHEMA, where=where)
+
+
+def _check_parts(rows: pa.Table, num_parts: int, *, where: str) -> None:
+    if not rows.num_rows:
+        return
+    found = pc.min_max(rows["part"]).as_py()
+    if not 0 <= found["min"] <= found["max"] < num_parts:
+        raise CacheFormatError(f"{where}: names part {found['max']} of {num_parts}; it is damaged")
 
 
 def _chunks(array: pa.Array | pa.ChunkedArray) -> list[pa.Array]:
@@ -258,5 +278,12 @@ def _chunks(array: pa.Array | pa.ChunkedArray) -> list[pa.Array]:
 
 def _parquet_bytes(table: pa.Table) -> bytes:
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd", row_group_size=1 << 16, write_page_index=True)
+    pq.write_table(
+        table,
+        sink,
+        compression="zstd",
+        row_group_size=1 << 16,
+        write_page_index=True,
+        write_page_checksum=True,
+    )
     return bytes(sink.getvalue().to_pybytes())

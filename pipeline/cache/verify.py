@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.cache import layout, row
+from pipeline.cache import layout, parquet, row
 from pipeline.cache.reader import SnapshotReader
 from pipeline.errors import CacheFormatError, NotFoundError
 from pipeline.storage import Store
@@ -79,22 +79,29 @@ def _check_part(
     for place in rows:
         places[place["row_group"], place["row"]].append(place)
     try:
-        part = pq.ParquetFile(file)
-    except pa.ArrowInvalid as err:
-        yield f"{where}: not a Parquet file: {err}"
+        # Checksums of pages would stop at the first, and name no key.
+        part = parquet.open_part(file, where=where, check_pages=False)
+        for group in range(part.num_row_groups):
+            for number, values in enumerate(_rows(part, group, where)):
+                yield from _check_row(values, f"{where} key {values['key']!r}")
+                for place in places.pop((group, number), ()):
+                    yield from _check_index(file, place, values, f"{where} key {place['key']!r}")
+    except CacheFormatError as err:
+        yield str(err)
         return
-    for group in range(part.num_row_groups):
-        table = part.read_row_group(group, columns=[*_IN_BOTH, "tokens", "aux", "crc32c"])
-        for number, values in enumerate(table.to_pylist()):
-            yield from _check_row(values, f"{where} key {values['key']!r}")
-            for place in places.pop((group, number), ()):
-                yield from _check_index(file, place, values, f"{where} key {place['key']!r}")
     for (group, number), lost in places.items():
         for place in lost:
             yield (
                 f"{where} key {place['key']!r}: the index says row {number} of row group {group}, "
                 "which is not there"
             )
+
+
+def _rows(part: pq.ParquetFile, group: int, where: str) -> list[dict[str, Any]]:
+    with parquet.parsing(where):
+        table = part.read_row_group(group, columns=[*_IN_BOTH, "tokens", "aux", "crc32c"])
+        table.validate(full=True)
+        return list(table.to_pylist())
 
 
 def _check_row(values: Mapping[str, Any], where: str) -> Iterator[str]:
@@ -116,6 +123,8 @@ def _check_index(
     for name in _IN_BOTH:
         if place[name] != values[name]:
             yield f"{where}: the index says {name}={place[name]!r}, the part {values[name]!r}"
+    if place.get("aux_crc32c") not in (None, row.aux_checksum(values["aux"])):
+        yield f"{where}: the row is not the one that was indexed"
     for name in ("tokens", "aux"):
         if _bytes_at(file, place, name) != values[name]:
             yield f"{where}: the index does not point at its {name}"
@@ -126,12 +135,19 @@ def _check_places(
 ) -> Iterator[str]:
     """Try the bytes of a damaged part where the index says that rows are."""
     for place in rows:
+        here, aux = f"{where} key {place['key']!r}", _bytes_at(file, place, "aux")
         try:
             row.unpack_row(
                 _bytes_at(file, place, "tokens"),
-                _bytes_at(file, place, "aux"),
+                aux,
                 tokens_length=place["tokens_length"],
-                where=f"{where} key {place['key']!r}",
+                where=here,
+            )
+            row.check_is_indexed(
+                aux,
+                num_tokens=place["num_tokens"],
+                aux_crc32c=place.get("aux_crc32c"),
+                where=here,
             )
         except CacheFormatError as err:
             yield str(err)

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.cache import layout, pages, row
+from pipeline.cache import layout, pages, parquet, row
 from pipeline.cache.spool import Spool
 from pipeline.errors import StorageError
 from pipeline.storage import Store
@@ -49,6 +49,7 @@ class WrittenFile:
     size: int
     sha256: str
     rows: int
+    footer_crc32c: int | None = None  # of a part: its footer is parsed before its rows are checked
 
 
 @dataclass(kw_only=True)
@@ -143,7 +144,9 @@ class ShardWriter:
     def _flush(self) -> None:
         if self._part is None:
             path = layout.part_path(self.shard_id, self.attempt, self._num_parts)
-            schema = layout.part_schema(self.columns, self.metadata)
+            # With its own name in it, the footer of a part is that of no other.
+            own = {"shard": self.shard_id, "attempt": self.attempt, "part": self._num_parts}
+            schema = layout.part_schema(self.columns, {**self.metadata, **own})
             self._part = _Part(store=self.store, path=path, schema=schema)
             self._num_parts += 1
         self._part.write_row_group(self._rows, self.columns)
@@ -183,7 +186,7 @@ class ShardWriter:
 
     def _write_table(self, path: str, kind: str, table: pa.Table) -> None:
         sink = pa.BufferOutputStream()
-        pq.write_table(table, sink, compression="zstd")
+        pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
         content = sink.getvalue().to_pybytes()
         self.store.put(path, content)
         self.files.append(
@@ -232,6 +235,7 @@ class _Part:
             write_statistics=["key", "num_tokens"],
             max_rows_per_page=1,
             write_page_index=True,
+            write_page_checksum=True,
             store_schema=True,
         )
 
@@ -256,7 +260,7 @@ class _Part:
         with self._local_errors():
             self._writer.write_table(table, row_group_size=len(rows))
         self.tokens_bytes += sum(len(r.packed.tokens) for r in rows)
-        self._groups.append([_index_values(r) for r in rows])
+        self._groups.append([_index_values(r, a) for r, a in zip(rows, aux, strict=True)])
 
     def close(self, *, number: int) -> tuple[WrittenFile, pa.Table]:
         """Finish the file and put it in its place; return it with its index rows."""
@@ -289,6 +293,7 @@ class _Part:
                 size=len(content),
                 sha256=hashlib.sha256(content).hexdigest(),
                 rows=index.num_rows,
+                footer_crc32c=_footer_checksum(content, self.path),
             )
             if self._spool is None:
                 os.fsync(file.fileno())
@@ -310,7 +315,9 @@ class _Part:
                 strict=True,
             )
             for place, (known, (tokens_at, aux_at)) in enumerate(zip(rows, places, strict=True)):
-                values = (*known[:2], number, group, place, *known[2:], *tokens_at, *aux_at)
+                key, content_hash, *numbers, aux_crc32c = known
+                at = (*tokens_at, *aux_at, aux_crc32c)
+                values = (key, content_hash, number, group, place, *numbers, *at)
                 for column, value in zip(columns.values(), values, strict=True):
                     column.append(value)
         return pa.Table.from_pydict(columns, schema=layout.INDEX_SCHEMA)
@@ -321,9 +328,16 @@ def _compression(column: str) -> str:
     return "none" if column in fixed else "zstd"
 
 
-def _index_values(r: RowToWrite) -> tuple[Any, ...]:
+def _index_values(r: RowToWrite, aux: bytes) -> tuple[Any, ...]:
     """Return what the index says of a row beside its place, in the order of its columns."""
-    return (r.key, r.content_hash, r.packed.num_tokens, *r.grid, *r.image_size)
+    numbers = (r.packed.num_tokens, *r.grid, *r.image_size, row.aux_checksum(aux))
+    return (r.key, r.content_hash, *numbers)
+
+
+def _footer_checksum(content: mmap.mmap, where: str) -> int:
+    """Return the checksum of the footer of a whole Parquet file."""
+    footer = parquet.footer_of(content[-8:], where=where)
+    return parquet.footer_checksum(content[-footer:] if isinstance(footer, int) else footer)
 
 
 @contextmanager

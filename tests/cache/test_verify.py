@@ -121,7 +121,7 @@ def test_a_part_that_is_no_parquet_file_is_named(store: Store, content: bytes) -
     damage = list(find_damage(rewritten(store, commit, content)))
 
     assert len(damage) == 1
-    assert "part-00000.parquet: not a Parquet file" in damage[0]
+    assert "part-00000.parquet is damaged" in damage[0]
 
 
 def test_a_cut_part_is_damage_of_the_rows_behind_the_cut(store: Store) -> None:

@@ -1,0 +1,78 @@
+"""The JSON records of a cache: sealed by a checksum, and refused where damaged.
+
+A record that was changed by accident must not open another cache than the one that was written: a
+digit of a codec's option, say, would change every value. So each holds a checksum of the rest of
+it; records of older versions of this package have none.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.cache import layout
+from pipeline.errors import CacheFormatError
+from pipeline.storage import Store
+
+MAX_RECORD_BYTES = 256 << 20
+_CHECKSUM = "checksum"
+
+
+def dump_record(values: Mapping[str, Any]) -> bytes:
+    """Return a record of this format version with its checksum."""
+    record = {"format_version": layout.FORMAT_VERSION, **values}
+    return layout.dump_json({**record, _CHECKSUM: layout.fingerprint(record)})
+
+
+def parse_record(content: bytes, *, where: str) -> dict[str, Any]:
+    """Return what a record holds, without format version and checksum.
+
+    Raises:
+        CacheFormatError: it is damaged, too large, or of a version this package does not know.
+    """
+    if len(content) > MAX_RECORD_BYTES:
+        raise CacheFormatError(
+            f"{where} has {len(content)} bytes; records have at most {MAX_RECORD_BYTES}"
+        )
+    try:
+        values = json.loads(content, parse_constant=_refuse)
+    except (ValueError, RecursionError) as err:  # also of bytes that are no text
+        raise CacheFormatError(f"{where} is damaged: not JSON ({_line(err)})") from err
+    if not isinstance(values, dict) or "format_version" not in values:
+        raise CacheFormatError(f"{where} is damaged: not an object with a format_version")
+    if values["format_version"] != layout.FORMAT_VERSION:
+        raise CacheFormatError(
+            f"{where}: format version {values['format_version']!r} is not known; install a newer "
+            "carvecache"
+        )
+    if _CHECKSUM in values:
+        expected = values.pop(_CHECKSUM)
+        try:
+            found = layout.fingerprint(values)
+        except (ValueError, RecursionError) as err:  # lone surrogates, say
+            raise CacheFormatError(f"{where} is damaged: {_line(err)}") from err
+        if found != expected:
+            raise CacheFormatError(f"{where} does not match its checksum; the file is damaged")
+    del values["format_version"]
+    return values
+
+
+def read_record(store: Store, path: str) -> dict[str, Any]:
+    """Read a record.
+
+    Raises:
+        NotFoundError: there is none.
+        CacheFormatError: as for `parse_record`.
+    """
+    where = store.url_of(path)
+    size = store.size(path)
+    if size > MAX_RECORD_BYTES:  # before it is fetched
+        raise CacheFormatError(f"{where} has {size} bytes; records have at most {MAX_RECORD_BYTES}")
+    return parse_record(store.read(path), where=where)
+
+
+def _refuse(constant: str) -> float:
+    raise ValueError(f"{constant} is no JSON number")
+
+
+def _line(err: BaseException) -> str:
+    return " ".join(str(err).split())[:200] or type(err).__name__
