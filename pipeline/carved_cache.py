@@ -16,6 +16,7 @@ from pipeline.cache import commit, snapshot
 from pipeline.cache.reader import RowPlace, SnapshotReader
 from pipeline.cache.row import StoredTokens
 from pipeline.codecs import Codec
+from pipeline.errors import CacheFormatError
 from pipeline.storage import open_store
 from pipeline.types import PackedTokens
 
@@ -193,6 +194,12 @@ def _check_keep_tokens(keep_tokens: int | None) -> None:
 
 
 def _in_position_order(place: RowPlace, stored: StoredTokens, features: Tensor) -> CachedImage:
+    num_places = place.grid_t * place.grid_h * place.grid_w
+    if stored.positions.max() >= num_places or not np.isfinite(stored.sizes).all():
+        raise CacheFormatError(
+            f"{place.path} key {place.key!r}: a token at place {stored.positions.max()} of "
+            f"{num_places}, or of no finite size; the row is damaged"
+        )
     order = np.argsort(stored.positions, kind="stable")
     ranks = torch.from_numpy(order)
     return CachedImage(

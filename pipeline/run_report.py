@@ -16,7 +16,14 @@ from pipeline.cache.commit import Commit
 from pipeline.errors import ExitCode
 from pipeline.storage import Store
 
-_FAILURES_SCHEMA = layout.FAILURES_SCHEMA
+_FAILURES_SCHEMA = pa.schema(
+    [
+        pa.field("shard", pa.string(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("message", pa.string(), nullable=False),
+        pa.field("attempts", pa.int32(), nullable=False),
+    ]
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -379,6 +379,38 @@ def test_ten_thousand_extended_headers_in_a_row_are_no_danger():
     assert keys(read(header * 10_000 + archive(*sample("a")))) == ["a"]
 
 
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ((tarfile.XHDTYPE, b"14 path=x.jpg\n"), (tarfile.XHDTYPE, b"14 path=y.jpg\n")),
+        ((tarfile.XHDTYPE, b"9 size=1\n"), (tarfile.SOLARIS_XHDTYPE, b"9 size=2\n")),
+        ((tarfile.GNUTYPE_LONGNAME, b"x.jpg"), (tarfile.GNUTYPE_LONGNAME, b"y.jpg")),
+        ((tarfile.GNUTYPE_LONGNAME, b"x.jpg"), (tarfile.XHDTYPE, b"14 path=y.jpg\n")),
+    ],
+)
+def test_two_extended_headers_that_disagree_are_an_error(first, second):
+    message = fails(extended(*first) + extended(*second) + archive(*sample("a")), "corrupt_header")
+
+    assert "two extended headers" in message
+
+
+def test_a_global_header_counts_from_the_next_member_on():
+    data = extended(tarfile.XGLTYPE, b"14 path=b.jpg\n") + archive(("a.jpg", b"1"))
+
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        assert tar.getnames() == ["b.jpg"]
+    assert keys(read(data)) == ["b"]
+
+
+def test_a_member_continued_from_another_volume_is_refused():
+    info = tarfile.TarInfo("a.jpg")
+    info.type = b"M"
+
+    message = fails(info.tobuf(tarfile.GNU_FORMAT) + bytes(1024), "unsupported_member")
+
+    assert "'a.jpg' is continued from another volume" in message
+
+
 def test_an_extended_header_at_the_end_is_an_error():
     fails(
         without_end(THREE) + extended(tarfile.XHDTYPE, b"13 mtime=123\n") + bytes(1024),

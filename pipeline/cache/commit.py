@@ -60,7 +60,7 @@ def parse_commit(content: bytes, *, where: str) -> Commit:
     Raises:
         CacheFormatError: not a record of a format this package knows, or another's.
     """
-    values = parse_record(content, where=where)
+    values = parse_record(content, where=where, kind="commit record")
     try:
         commit = _COMMIT.validate_python(values)
     except ValidationError as err:

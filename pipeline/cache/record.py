@@ -23,8 +23,13 @@ def dump_record(values: Mapping[str, Any]) -> bytes:
     return layout.dump_json({**record, _CHECKSUM: layout.fingerprint(record)})
 
 
-def parse_record(content: bytes, *, where: str) -> dict[str, Any]:
+def parse_record(content: bytes, *, where: str, kind: str = "record") -> dict[str, Any]:
     """Return what a record holds, without format version and checksum.
+
+    Args:
+        content: its bytes.
+        where: the file, for messages.
+        kind: of record, for messages.
 
     Raises:
         CacheFormatError: it is damaged, too large, or of a version this package does not know.
@@ -36,9 +41,9 @@ def parse_record(content: bytes, *, where: str) -> dict[str, Any]:
     try:
         values = json.loads(content, parse_constant=_refuse)
     except (ValueError, RecursionError) as err:  # also of bytes that are no text
-        raise CacheFormatError(f"{where} is damaged: not JSON ({_line(err)})") from err
+        raise CacheFormatError(f"{where} is damaged: not a {kind}: {_line(err)}") from err
     if not isinstance(values, dict) or "format_version" not in values:
-        raise CacheFormatError(f"{where} is damaged: not an object with a format_version")
+        raise CacheFormatError(f"{where} is damaged: not a {kind}: no format_version")
     if values["format_version"] != layout.FORMAT_VERSION:
         raise CacheFormatError(
             f"{where}: format version {values['format_version']!r} is not known; install a newer "

@@ -22,6 +22,7 @@ _SKIP_BYTES = 1 << 20
 _PAX_RECORD = re.compile(rb"(\d{1,7}) ([^=]+)=")
 _PAX_SIZE = re.compile(r"[0-9]{1,19}", re.ASCII)
 _PAX_TYPES = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE)
+_CONTINUED = b"M"  # the rest of a member that began in another volume of a GNU archive
 _LONG_NAME_TYPES = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 
 
@@ -96,7 +97,8 @@ class TarReader:
 
     def _next_header(self) -> tarfile.TarInfo | None:
         """Return the next member's header, extended headers applied; None at the end mark."""
-        pax, long_name, is_extended = dict(self._global_pax), None, False
+        pax: dict[str, str] = {}
+        long_name, is_extended = None, False
         while True:
             start = self._offset
             block = self._exactly(BLOCK, member=None)
@@ -107,13 +109,22 @@ class TarReader:
             info = self._parse(block, start)
             if info.type in _PAX_TYPES:
                 found = self._pax(info, start)
-                (self._global_pax if info.type == tarfile.XGLTYPE else pax).update(found)
+                if info.type == tarfile.XGLTYPE:
+                    self._global_pax |= found
+                else:
+                    self._check_agreed(pax, found, start)
+                    pax |= found
             elif info.type in _LONG_NAME_TYPES:
                 text = self._extended(info, start).split(b"\0", 1)[0]
                 if info.type == tarfile.GNUTYPE_LONGNAME:
-                    long_name = text.decode("utf-8", "surrogateescape")
+                    found = {"path": text.decode("utf-8", "surrogateescape")}
+                    self._check_agreed(
+                        {} if long_name is None else {"path": long_name}, found, start
+                    )
+                    long_name = found["path"]
             else:
-                return self._apply(info, pax, long_name, start)
+                self._check_agreed(pax, {} if long_name is None else {"path": long_name}, start)
+                return self._apply(info, {**self._global_pax, **pax}, long_name, start)
             is_extended = info.type != tarfile.XGLTYPE
 
     def _parse(self, block: bytes, start: int) -> tarfile.TarInfo:
@@ -134,6 +145,12 @@ class TarReader:
                 size = pax["size"][:40]
                 self._fail("corrupt_header", f"extended header gives a size of {size!r}", start)
             info.size = int(pax["size"])
+        if info.type == _CONTINUED:
+            self._fail(
+                "unsupported_member",
+                f"member {info.name!r} is continued from another volume; join the volumes",
+                start,
+            )
         if info.type == tarfile.GNUTYPE_SPARSE or any(k.startswith("GNU.sparse") for k in pax):
             self._fail(
                 "unsupported_member",
@@ -154,6 +171,12 @@ class TarReader:
         if body[place:].strip(b"\0"):
             self._fail("corrupt_header", "extended header holds more than records", start)
         return records
+
+    def _check_agreed(self, known: dict[str, str], found: dict[str, str], start: int) -> None:
+        """Refuse two extended headers of one member that differ: readers take one or the other."""
+        for name in ("path", "size"):
+            if name in known and name in found and known[name] != found[name]:
+                self._fail("corrupt_header", f"two extended headers give a {name} each", start)
 
     def _extended(self, info: tarfile.TarInfo, start: int) -> bytes:
         if info.size > MAX_EXTENDED_HEADER_BYTES:

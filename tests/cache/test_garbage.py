@@ -155,7 +155,7 @@ def test_a_damaged_record_stops_it_all(store: Store) -> None:
     attempt(store, "a")
     store.put(f"commits/a.{committed.work_fingerprint}.json", b"{")
 
-    with pytest.raises(CacheFormatError, match="damaged: not JSON"):
+    with pytest.raises(CacheFormatError, match="not a commit record"):
         found(store)
 
 
