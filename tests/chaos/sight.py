@@ -1,0 +1,55 @@
+"""What can be seen of runs at work, without asking them."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.chaos import inspection
+from tests.chaos.cluster import wait_for
+from tests.chaos.raw import RawFolder
+
+_GATE_S = 60.0  # then those actors begin that are there
+
+
+class Sight:
+    """Counts what has appeared in a cache since the phase began, and the actors at its gate.
+
+    Args:
+        cache: of the runs.
+        todo: shards that no commit covers.
+        gate: a folder for the actors to meet at.
+    """
+
+    def __init__(self, cache: RawFolder, todo: int, gate: Path) -> None:
+        self._cache, self.todo, self.gate = cache, todo, gate
+        self._before = {kind: self._see(kind) for kind in ("commits", "attempts")}
+        gate.mkdir()
+
+    def count(self, kind: str) -> int:
+        """Return how many commits or attempts there are more than at first."""
+        return len(self._see(kind) - self._before[kind])
+
+    @property
+    def is_work_left(self) -> bool:
+        """Tell whether actors have begun, and shards are not committed."""
+        return (self.gate / "open").exists() and self.count("commits") < self.todo
+
+    def loaded(self) -> set[int]:
+        """Return the pids of all actors that have begun, the dead among them."""
+        return {int(path.stem) for path in self.gate.glob("*.ready")}
+
+    def let_begin(self, num_actors: Callable[[], int]) -> None:
+        """Open the gate once as many actors are there as will come."""
+        deadline = time.monotonic() + _GATE_S
+
+        def is_time() -> bool:
+            is_late = time.monotonic() > deadline and len(self.loaded()) > 0
+            return is_late or len(self.loaded()) >= num_actors()
+
+        wait_for(is_time, what="actors at the gate", seconds=300)
+        (self.gate / "open").touch()
+
+    def _see(self, kind: str) -> set[str]:
+        if kind == "commits":
+            return {path for path in self._cache.list("commits/") if path.endswith(".json")}
+        return inspection.attempts(set(self._cache.list("data/")))
