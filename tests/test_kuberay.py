@@ -264,6 +264,17 @@ def test_what_must_be_edited_is_marked() -> None:
     assert all("EDIT" in line for line in lines if "shards:" not in line)
 
 
+def test_a_ray_head_takes_jobs_by_token_and_from_its_namespace_alone() -> None:
+    (policy,) = [d for d in documents("access.yaml") if d["kind"] == "NetworkPolicy"]
+    jobs, metrics = policy["spec"]["ingress"]
+
+    assert CLUSTER["authOptions"] == {"mode": "token"}
+    assert policy["spec"]["podSelector"] == {}
+    assert "ports" not in jobs
+    assert [*jobs["from"][1]["podSelector"]["matchLabels"].values()] == ["kuberay-operator"]
+    assert [port["port"] for port in metrics["ports"]] == [8080]
+
+
 def test_the_ray_of_the_manifest_is_the_one_that_is_installed() -> None:
     pinned = re.search(r"^ray==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
 
