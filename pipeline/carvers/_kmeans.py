@@ -28,8 +28,11 @@ def lloyd(unit_BND: Tensor, centroids_BKD: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         (B, N) clusters, ties to the first, and (B, K, D) the centroids they were moved to.
     """
+    exact_BND = unit_BND.double()
     for _ in range(_MAX_STEPS):
-        labels_BN = product(unit_BND, _similarity.unit(centroids_BKD).mT).argmax(dim=2)
+        cosines_BNK = product(exact_BND, _similarity.unit(centroids_BKD).double().mT)
+        # Rounded to float32, duplicates tie again whatever order the product was summed in.
+        labels_BN = cosines_BNK.float().argmax(dim=2)
         means_BKD, sizes_BK = _ops.group_mean(unit_BND, labels_BN, centroids_BKD.shape[1])
         means_BKD = torch.where(sizes_BK[:, :, None] > 0, means_BKD, centroids_BKD)
         moved_B = torch.linalg.vector_norm((means_BKD - centroids_BKD).flatten(1), dim=1)
