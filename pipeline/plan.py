@@ -1,13 +1,14 @@
 """What a run has to do: the shards of the input that no commit covers."""
 
-import json
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline.cache import layout
 from pipeline.cache.commit import check_identity, list_committed
-from pipeline.errors import CacheFormatError, ConfigError
+from pipeline.errors import ConfigError
 from pipeline.job import Job
+from pipeline.run_report import read_summaries
 from pipeline.source import expand_shards, shard_id
 from pipeline.storage import Store
 from pipeline.types import ShardRef
@@ -79,9 +80,9 @@ def make_plan(job: Job, store: Store) -> Plan:
             "ignore"
         )
     if on_changed == "ignore":
-        left = {*changed}
-        todo = [shard for shard in todo if shard not in left]
-        works = {ids[s]: works[ids[s]] for s in shards if s not in left}
+        left = {ids[shard] for shard in changed}
+        todo = [shard for shard in todo if ids[shard] not in left]
+        works = {known: work for known, work in works.items() if known not in left}
     return Plan(
         shards=shards,
         todo=todo,
@@ -103,21 +104,14 @@ def estimate(plan: Plan, store: Store) -> Estimate | None:
     Raises:
         CacheFormatError: a run's summary cannot be read.
     """
-    for run_id in list(reversed(store.list_names(layout.RUNS)))[:_MAX_RUNS]:
-        path = layout.run_path(run_id, "summary.json")
-        if not store.exists(path):  # it was killed before it wrote one
+    for done in itertools.islice(read_summaries(store), _MAX_RUNS):
+        if not done["images"]:
             continue
-        try:
-            done = json.loads(store.read(path))
-            if not done["images"]:
-                continue
-            images = plan.todo_bytes * done["images"] / done["bytes_in"]
-            return Estimate(
-                run_id=run_id,
-                images=round(images),
-                hours=images * done["seconds"] / done["images"] / 3600,
-                output_bytes=round(images * done["bytes_tokens"] / done["images"]),
-            )
-        except (json.JSONDecodeError, KeyError, TypeError, ZeroDivisionError) as err:
-            raise CacheFormatError(f"{store.url}/{path} is damaged: {err!r}") from err
+        images = plan.todo_bytes * done["images"] / done["bytes_in"]
+        return Estimate(
+            run_id=done["run_id"],
+            images=round(images),
+            hours=images * done["seconds"] / done["images"] / 3600,
+            output_bytes=round(images * done["bytes_tokens"] / done["images"]),
+        )
     return None

@@ -1,10 +1,11 @@
 """What one run did: counted while it goes on, stored in the cache at its end."""
 
 import io
+import json
 import time
 import uuid
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,8 +14,10 @@ import pyarrow.parquet as pq
 
 from pipeline.cache import layout
 from pipeline.cache.commit import Commit
-from pipeline.errors import ExitCode
+from pipeline.errors import CacheFormatError, ExitCode, NotFoundError
 from pipeline.storage import Store
+
+SUMMARY_FILE, FAILURES_FILE = "summary.json", "failures.parquet"
 
 _FAILURES_SCHEMA = pa.schema(
     [
@@ -130,7 +133,7 @@ class RunReport:
     def save(self, store: Store) -> None:
         """Write `summary.json`, and `failures.parquet` if a shard failed."""
         self.finished_at = self.finished_at or time.time()
-        store.put(layout.run_path(self.run_id, "summary.json"), layout.dump_json(self.to_json()))
+        store.put(layout.run_path(self.run_id, SUMMARY_FILE), layout.dump_json(self.to_json()))
         if self.failed:
             columns = [[getattr(f, n) for f in self.failed] for n in _FAILURES_SCHEMA.names]
             table = pa.Table.from_arrays(
@@ -139,4 +142,37 @@ class RunReport:
             )
             sink = io.BytesIO()
             pq.write_table(table, sink)
-            store.put(layout.run_path(self.run_id, "failures.parquet"), sink.getvalue())
+            store.put(layout.run_path(self.run_id, FAILURES_FILE), sink.getvalue())
+
+
+def read_summaries(store: Store) -> Iterator[Mapping[str, Any]]:
+    """Yield what `RunReport.save` wrote of each run, the newest first; reads one at a time.
+
+    A run that was killed before it wrote a summary has none.
+
+    Raises:
+        CacheFormatError: a summary is damaged.
+    """
+    known = RunReport().to_json().keys()
+    for run_id in reversed(store.list_names(layout.RUNS)):
+        path = layout.run_path(run_id, SUMMARY_FILE)
+        try:
+            summary = json.loads(store.read(path))
+        except NotFoundError:
+            continue
+        except (json.JSONDecodeError, UnicodeDecodeError) as err:
+            raise CacheFormatError(f"{store.url}/{path} is damaged: {err}") from err
+        if not isinstance(summary, dict) or not known <= summary.keys():
+            raise CacheFormatError(f"{store.url}/{path} is damaged: it is no summary of a run")
+        if summary["run_id"] != run_id:
+            raise CacheFormatError(f"{store.url}/{path} is of run {summary['run_id']!r}")
+        yield summary
+
+
+def read_failures(store: Store, run_id: str) -> Mapping[str, int]:
+    """Return how many shards a run gave up, by reason."""
+    try:
+        content = store.read(layout.run_path(run_id, FAILURES_FILE))
+    except NotFoundError:
+        return {}
+    return Counter(pq.read_table(io.BytesIO(content), columns=["reason"])["reason"].to_pylist())

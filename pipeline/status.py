@@ -1,23 +1,17 @@
 """What a cache is and what is going on in it, from its store alone: any time, from any machine."""
 
-import io
-import json
+import itertools
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from pipeline.cache import layout
-from pipeline.cache.commit import list_committed, read_identity
-from pipeline.cache.garbage import find_garbage
+from pipeline.cache.commit import list_records, read_identity
+from pipeline.cache.garbage import group_attempts, without_commit
 from pipeline.cache.snapshot import Snapshot, latest_snapshot
-from pipeline.errors import CacheFormatError, NotFoundError
+from pipeline.run_report import FAILURES_FILE, read_failures, read_summaries
 from pipeline.storage import Store
-
-_FAILURES = "failures.parquet"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,18 +39,20 @@ def read_status(store: Store, *, num_runs: int = 5) -> Status:
         CacheFormatError: there is no cache, or what it says of itself is damaged.
     """
     identity = read_identity(store)
-    committed = list_committed(store)
-    attempts = [g for g in find_garbage(store, grace_s=-1e9) if g.path.startswith(layout.DATA)]
-    run_ids = list(reversed(store.list_names(layout.RUNS)))[:num_runs]
+    attempts = group_attempts(store.list(layout.DATA))
+    records = list_records(store)  # later: what is committed meanwhile is not taken for open
+    shards = {p[0] for r in records if (p := layout.parse_commit_path(r.path))}
+    open_attempts = without_commit(store, attempts, records)
+    runs = list(itertools.islice(read_summaries(store), num_runs))
     return Status(
         identity=identity,
-        num_shards=len({shard for shard, _ in committed}),
-        num_commits=len(committed),
+        num_shards=len(shards),
+        num_commits=len(records),
         snapshot=latest_snapshot(store),
-        runs=[_summary(store, run_id) for run_id in run_ids],
-        failures=_failures(store, run_ids[0]) if run_ids else {},
-        num_open=len(attempts),
-        newest_open=max((g.modified for g in attempts), default=None),
+        runs=runs,
+        failures=read_failures(store, runs[0]["run_id"]) if runs else {},
+        num_open=len(open_attempts),
+        newest_open=max((attempt.modified for attempt in open_attempts), default=None),
     )
 
 
@@ -96,26 +92,7 @@ def status_lines(status: Status, url: str, *, now: float | None = None) -> Itera
         )
     if status.failures:
         reasons = ", ".join(f"{reason} {n}" for reason, n in sorted(status.failures.items()))
-        yield f"failed in the last run: {reasons} ({_FAILURES} of that run names them)"
-
-
-def _summary(store: Store, run_id: str) -> Mapping[str, Any]:
-    path = layout.run_path(run_id, "summary.json")
-    try:
-        summary: Mapping[str, Any] = json.loads(store.read(path))
-        if summary["run_id"] != run_id:
-            raise CacheFormatError(f"{store.url}/{path} is of run {summary['run_id']!r}")
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as err:
-        raise CacheFormatError(f"{store.url}/{path} is damaged: {err!r}") from err
-    return summary
-
-
-def _failures(store: Store, run_id: str) -> Mapping[str, int]:
-    try:
-        content = store.read(layout.run_path(run_id, _FAILURES))
-    except NotFoundError:
-        return {}
-    return Counter(pq.read_table(io.BytesIO(content), columns=["reason"])["reason"].to_pylist())
+        yield f"failed in the last run: {reasons} ({FAILURES_FILE} of that run names them)"
 
 
 def _ago(seconds: float) -> str:

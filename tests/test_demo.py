@@ -315,7 +315,7 @@ def test_the_demo_runs_from_end_to_end_and_has_nothing_to_do_the_second_time(
     carved, asked, full = map(int, right.groups())
     assert asked > 100
     assert full >= 0.85 * asked
-    assert carved >= full - 0.05 * asked  # the default carver, measured in benchmarks/fidelity.md
+    assert carved >= full - 0.05 * asked  # the default carver
     assert second.returncode == 0, second.stderr
     assert f"nothing to do: all 6 shards are in {tmp_path / 'demo' / 'cache'}" in second.stdout
     assert len(summaries) == 1 and summaries[0]["images"] == 234

@@ -6,8 +6,8 @@ attempt at work, and nothing in the store tells these apart but age.
 """
 
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline.cache import layout
@@ -60,25 +60,24 @@ def find_garbage(store: Store, *, grace_s: float, now: float | None = None) -> I
     """
     read_identity(store)
     # In this order: what is committed or published meanwhile is then seen to be.
-    attempts, temporary = _attempts(store)
-    tables = [e for e in store.list(layout.SNAPSHOTS) if not e.path.endswith("/snapshot.json")]
-    named = _named_attempts(store, attempts)
-    published = _published(store)
+    entries = list(store.list(temporary=True))
+    open_attempts = without_commit(store, group_attempts(entries), list_records(store))
+    tables = _tables(entries)
+    published = _published(store) if tables else set()
     oldest_kept = (time.time() if now is None else now) - grace_s
 
     found = [
-        Garbage(path=path, entries=entries, reason="no commit names this attempt")
-        for path, entries in sorted(attempts.items())
-        if path not in named
-    ]
-    found += [
-        Garbage(path=entry.path, entries=[entry], reason="no snapshot names this table")
-        for entry in tables
-        if entry.path not in published
-    ]
-    found += [
-        Garbage(path=entry.path, entries=[entry], reason="a writer was killed in the midst of it")
-        for entry in temporary
+        *open_attempts,
+        *(
+            Garbage(path=entry.path, entries=[entry], reason="no snapshot names this table")
+            for entry in tables
+            if entry.path not in published
+        ),
+        *(
+            Garbage(path=entry.path, entries=[entry], reason="a writer was killed in its midst")
+            for entry in entries
+            if entry.is_temporary
+        ),
     ]
     yield from (garbage for garbage in found if garbage.modified <= oldest_kept)
 
@@ -91,35 +90,52 @@ def remove(store: Store, garbage: Garbage) -> None:
         store.delete_tree(garbage.path)
 
 
-def _attempts(store: Store) -> tuple[dict[str, list[Entry]], list[Entry]]:
-    """Return the files of each attempt by its folder, and unfinished files of the whole cache."""
+def group_attempts(entries: Iterable[Entry]) -> dict[str, list[Entry]]:
+    """Return the finished files of each attempt, by its folder."""
     attempts: dict[str, list[Entry]] = defaultdict(list)
-    temporary = []
-    for entry in store.list(temporary=True):
-        if entry.is_temporary:
-            temporary.append(entry)
-        elif entry.path.startswith(f"{layout.DATA}/"):
+    for entry in entries:
+        if entry.path.startswith(f"{layout.DATA}/") and not entry.is_temporary:
             attempts["/".join(entry.path.split("/")[:3])].append(entry)
-    return attempts, temporary
+    return attempts
 
 
-def _named_attempts(store: Store, attempts: Mapping[str, Sequence[Entry]]) -> set[str]:
-    """Return the folders that commit records name; reads no record that there is no doubt about."""
-    records = list_records(store)
-    works: dict[str, int] = defaultdict(int)
-    for record in records:
-        parsed = layout.parse_commit_path(record.path)
-        works[parsed[0] if parsed else ""] += 1
-    tries: dict[str, list[str]] = defaultdict(list)
-    for path in attempts:
-        tries[path.split("/")[1]].append(path)
+def without_commit(
+    store: Store, attempts: Mapping[str, Sequence[Entry]], records: Sequence[Entry]
+) -> list[Garbage]:
+    """Return the attempts that no commit record names: at work, or left behind.
+
+    Args:
+        store: the cache.
+        attempts: of a listing.
+        records: of a later one, from `list_records`; only those that leave a doubt are read.
+    """
+    shards = {r.path: p[0] for r in records if (p := layout.parse_commit_path(r.path))}
+    num_records = Counter(shards.values())
+    num_attempts = Counter(_shard_of(path) for path in attempts)
     # The files of an attempt are there before its record: as many attempts as records, all named.
-    sure = {shard for shard, paths in tries.items() if len(paths) == works[shard]}
-    named = {path for shard in sure for path in tries[shard]}
-    doubted = [r for r in records if (p := layout.parse_commit_path(r.path)) and p[0] not in sure]
-    for commit in read_commits(store, doubted):
-        named.add(layout.attempt_path(commit.shard_id, commit.attempt))
-    return named
+    doubted = {shard for shard, count in num_attempts.items() if count != num_records[shard]}
+    read = read_commits(store, [r for r in records if shards[r.path] in doubted])
+    named = {layout.attempt_path(commit.shard_id, commit.attempt) for commit in read}
+    return [
+        Garbage(path=path, entries=entries, reason="no commit names this attempt")
+        for path, entries in sorted(attempts.items())
+        if _shard_of(path) in doubted and path not in named
+    ]
+
+
+def _shard_of(attempt_path: str) -> str:
+    return attempt_path.split("/")[1]
+
+
+def _tables(entries: Iterable[Entry]) -> list[Entry]:
+    """Return the finished files of snapshots other than their records."""
+    return [
+        entry
+        for entry in entries
+        if entry.path.startswith(f"{layout.SNAPSHOTS}/")
+        and not entry.path.endswith("/snapshot.json")
+        and not entry.is_temporary
+    ]
 
 
 def _published(store: Store) -> set[str]:

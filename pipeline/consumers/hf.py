@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from pipeline.consumers.placement import HasFeatures, check_placement, place_tokens
+from pipeline.consumers.placement import HasFeatures, check_placement, place_tokens, widen_bias
 from pipeline.errors import ConfigError
 from pipeline.types import Placement
 
@@ -117,8 +116,7 @@ def weighted_generate(model: Any, inputs: Mapping[str, Any], **options: Any) -> 
         known = values.get("past_key_values")
         num_known = 0 if known is None else known.get_seq_length()
         num_columns = num_known + values["inputs_embeds"].shape[1]
-        more = num_columns - bias_P11T.shape[-1]
-        return args, {**values, "position_bias": functional.pad(bias_P11T, (0, more))}
+        return args, {**values, "position_bias": widen_bias(bias_P11T, num_columns)}
 
     hook = model.base_model.language_model.register_forward_pre_hook(add_bias, with_kwargs=True)
     try:

@@ -9,6 +9,7 @@ from typing import Any, Protocol, get_args, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from pipeline.errors import ConfigError
 from pipeline.types import Placement
@@ -118,3 +119,8 @@ def place_tokens(
         places.append(torch.cat(own_places))
         biases.append(torch.cat(own_biases))
     return places, biases
+
+
+def widen_bias(bias_P11T: Tensor, num_columns: int) -> Tensor:
+    """Return (P, 1, 1, num_columns): what comes behind a prompt counts once."""
+    return functional.pad(bias_P11T, (0, num_columns - bias_P11T.shape[-1]))

@@ -18,13 +18,12 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 from transformers.utils import logging
 
 from pipeline.consumers import hf
-from pipeline.consumers.placement import HasFeatures, with_places
+from pipeline.consumers.placement import HasFeatures, widen_bias, with_places
 from pipeline.errors import ConfigError
 from pipeline.evaluation.questions import PLAIN_TEMPLATE, fill_template
 from pipeline.types import Placement
@@ -257,8 +256,7 @@ class _Rows:
         ) | (columns_C == new_S1)
         bias = {}
         if self.bias_B11P is not None:
-            more = num_known + num_new - self.bias_B11P.shape[-1]
-            bias = {"position_bias": functional.pad(self.bias_B11P, (0, more))}
+            bias = {"position_bias": widen_bias(self.bias_B11P, num_known + num_new)}
         return self.model(
             input_ids=ids_BS,
             attention_mask=sees_BSC[:, None],

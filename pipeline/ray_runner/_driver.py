@@ -75,7 +75,7 @@ class Driver:
         self.stopping = stopping
         self.todo = deque(_Work(shard=shard) for shard in todo)
         self.left: list[_Work] = []  # what the limits of this run do not allow
-        self.num_started, self.started_at = 0, time.monotonic()
+        self.num_begun, self.started_at = 0, time.monotonic()
         self.batch_size = self.runner.batch_size  # lowered for good where memory does not do
         self.progress = RunProgress(interval_s=self.runner.progress_s)
         gpus, cpus, self.num_actors = actor_shape(self.runner, len(todo))
@@ -129,22 +129,17 @@ class Driver:
 
     def _keep_limits(self) -> None:
         """Put aside what this run may not start; what is in flight goes on to its end."""
-        most, hours = self.runner.max_shards, self.runner.max_hours
-        if hours is not None and time.monotonic() - self.started_at >= hours * 3600:
-            self._put_aside(list(self.todo), f"runner.max_hours={hours}")
-        elif most is not None and self.num_started >= most:
-            # A shard that was begun is tried again: it counts already.
-            fresh = [work for work in self.todo if not work.attempts]
-            self._put_aside(fresh, f"runner.max_shards={most}")
-
-    def _put_aside(self, works: Sequence[_Work], limit: str) -> None:
-        if not works:
+        hours, most = self.runner.max_hours, self.runner.max_shards
+        is_late = hours is not None and time.monotonic() - self.started_at >= hours * 3600
+        if not is_late and (most is None or self.num_begun < most):
             return
-        if not self.left:
-            logger.warning("%s: nothing more is started; the same command resumes", limit)
-        self.left += works
-        aside = {id(work) for work in works}
-        self.todo = deque(work for work in self.todo if id(work) not in aside)
+        # Before its hours are over a shard that was begun is tried again: it counts already.
+        left = [work for work in self.todo if is_late or not work.attempts]
+        if left and not self.left:
+            limit = f"max_hours={hours}" if is_late else f"max_shards={most}"
+            logger.warning("runner.%s: nothing more is started; the same command resumes", limit)
+        self.left += left
+        self.todo = deque(work for work in self.todo if work.attempts and not is_late)
 
     def _replace_actors(self) -> None:
         wanted = min(self.num_actors, len(self.todo) + self._in_flight())
@@ -165,7 +160,7 @@ class Driver:
                     self._keep_limits()
 
     def _start(self, actor: _Actor, work: _Work) -> None:
-        self.num_started += not work.attempts
+        self.num_begun += not work.attempts
         work.attempts += 1
         carve = actor.handle.carve.options(concurrency_group="carve")
         actor.calls[carve.remote(work.shard, self.batch_size)] = work

@@ -19,6 +19,9 @@ _SECRET = re.compile(
     r"://[^/@]*:[^/@]*@|[?&][^=&]*(sig|token|secret|credential|password|key)[^=&]*=", re.IGNORECASE
 )
 
+_TIMES = ("LastModified", "last_modified", "updated", "mtime", "created")
+"""What drivers call the time of the last change."""
+
 
 class Backend:
     """A filesystem and the place in it that a URL names. Cheap; connects on first use.
@@ -80,22 +83,6 @@ class Backend:
         found = next((info[name] for name in ("ETag", "etag", "md5Hash") if info.get(name)), "")
         return str(found).strip('"')
 
-    def modified(self, path: str, info: Mapping[str, Any]) -> float | None:
-        """Return the Unix time of an object's last change, by the store's clock, if it says so.
-
-        Raises:
-            FileNotFoundError: a local file has just gone.
-        """
-        if self.is_local:
-            return os.stat(path).st_mtime
-        names = ("LastModified", "last_modified", "updated", "mtime", "created")
-        found = next((info[name] for name in names if info.get(name)), None)
-        if isinstance(found, str):
-            found = datetime.fromisoformat(found)
-        if isinstance(found, datetime):  # one without a zone is in UTC
-            return (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()
-        return float(found) if isinstance(found, int | float) else None
-
     def _open(self) -> tuple[Any, str]:
         # Drivers do not survive a fork; a filesystem belongs to the process that opened it.
         if self._opened is None or self._opened[0] != os.getpid():
@@ -104,6 +91,16 @@ class Backend:
             fs, path = url_to_fs(self.url, **options)
             self._opened = (os.getpid(), fs, path.rstrip("/"))
         return self._opened[1], self._opened[2]
+
+
+def modified(info: Mapping[str, Any]) -> float | None:
+    """Return the Unix time of an object's last change, if its listing says so."""
+    found = next((info[name] for name in _TIMES if info.get(name)), None)
+    if isinstance(found, str):
+        found = datetime.fromisoformat(found)
+    if isinstance(found, datetime):  # one without a zone is in UTC
+        return (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()
+    return float(found) if isinstance(found, int | float) else None
 
 
 def checked_url(url: str) -> str:

@@ -15,7 +15,7 @@ from typing import BinaryIO, TypeVar
 
 from pipeline.errors import AlreadyExistsError, ConfigError, NotFoundError, StorageError
 from pipeline.storage import _local
-from pipeline.storage._backend import Backend, checked_url
+from pipeline.storage._backend import Backend, checked_url, modified
 from pipeline.storage._retry import BrokenAnswerError, is_transient, store_errors, with_retries
 
 T = TypeVar("T")
@@ -161,10 +161,10 @@ class Store:
                 continue
             try:
                 etag = self._backend.etag(name, infos[name])
-                modified = self._backend.modified(name, infos[name])
             except FileNotFoundError:  # deleted since it was listed
                 continue
-            yield Entry(name[len(root) :].lstrip("/"), infos[name]["size"], etag, modified)
+            path, size = name[len(root) :].lstrip("/"), infos[name]["size"]
+            yield Entry(path, size, etag, modified(infos[name]))
 
     def list_names(self, prefix: str = "") -> builtins.list[str]:
         """Return the names of the objects and folders directly in a folder, sorted."""
