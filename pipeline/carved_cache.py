@@ -63,8 +63,8 @@ def open_cache(
     elif latest := snapshot.latest_snapshot(store):
         reader = SnapshotReader(store=store, snapshot=latest)
     else:
-        found, files, index = snapshot.collect_snapshot(store)
-        reader = SnapshotReader(store=store, snapshot=found, tables=(files, index))
+        found, tables = snapshot.collect_snapshot(store)
+        reader = SnapshotReader(store=store, snapshot=found, tables=tables)
     cache = CarvedCache(reader=reader, identity=identity)
     return cache if keep_tokens is None else cache.keeping(keep_tokens)
 
@@ -140,7 +140,7 @@ class CarvedCache:
         dtype: torch.dtype = torch.float32,
     ) -> list[CachedImage]:
         """Return several images, unpacked together on `device`."""
-        places = [self.reader.find(key) for key in keys]
+        places = self.reader.find_many(keys)
         stored = self.reader.read_many(places, self.keep_tokens)
         return unpack_images(self.codec, places, stored, device=device, dtype=dtype)
 

@@ -142,4 +142,4 @@ def _published(store: Store) -> set[str]:
     """Return the paths of the tables that snapshots name."""
     numbers = list_snapshots(store)
     found = in_order(lambda number: read_snapshot(store, number), numbers)
-    return {path for snapshot in found for path in (snapshot.files, snapshot.index)}
+    return {path for snapshot in found for path in snapshot.paths}

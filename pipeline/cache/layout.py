@@ -58,9 +58,6 @@ INDEX_SCHEMA = pa.schema(
     ]
 )
 
-SNAPSHOT_INDEX_SCHEMA = INDEX_SCHEMA.append(pa.field("file", pa.int32(), nullable=False))
-"""Of a snapshot's index table; `file` is the number of the part in its files table."""
-
 ERRORS_SCHEMA = pa.schema(
     [pa.field(name, pa.string(), nullable=False) for name in ("key", "stage", "reason", "message")]
 )
@@ -74,8 +71,13 @@ FILES_SCHEMA = pa.schema(
         pa.field("rows", pa.int64(), nullable=False),
         pa.field("shard", pa.string(), nullable=False),
         pa.field("footer_crc32c", pa.uint32()),  # of the part's footer; null in older files
+        pa.field("row_groups", pa.list_(pa.int32())),  # rows of each; null in older files
     ]
 )
+"""Parts of a segment, numbered in the order of shard and path."""
+
+SEGMENT_SCHEMA = INDEX_SCHEMA.append(pa.field("file", pa.int32(), nullable=False))
+"""Rows of a segment, sorted by key; `file` is a number of its files table."""
 
 FAILURES_SCHEMA = pa.schema(
     [
@@ -85,6 +87,30 @@ FAILURES_SCHEMA = pa.schema(
         pa.field("attempts", pa.int32(), nullable=False),
     ]
 )
+
+SHARDS_SCHEMA = pa.schema(
+    [
+        pa.field("shard", pa.string(), nullable=False),
+        pa.field("work", pa.string(), nullable=False),
+        pa.field("attempt", pa.string(), nullable=False),
+        pa.field("etag", pa.string(), nullable=False),  # of the commit record
+        pa.field("rows", pa.int64(), nullable=False),
+        pa.field("tokens", pa.int64(), nullable=False),
+    ]
+)
+"""Commits that a segment covers."""
+
+HIDDEN_SCHEMA = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("shard", pa.string(), nullable=False),
+        pa.field("path", pa.string(), nullable=False),
+        pa.field("row_group", pa.int32(), nullable=False),
+        pa.field("row", pa.int32(), nullable=False),
+        pa.field("num_tokens", pa.int32(), nullable=False),
+    ]
+)
+"""Rows that an equal key of an earlier shard hides."""
 
 
 def part_schema(columns: Sequence[str], metadata: Mapping[str, Any]) -> pa.Schema:
@@ -106,6 +132,13 @@ def parse_part_name(name: str) -> int | None:
     """Return the number of a part from its file name, or None for another file."""
     found = re.fullmatch(r"part-([0-9]{5,9})\.parquet", name)
     return int(found.group(1)) if found else None
+
+
+def parse_part_path(path: str) -> tuple[str, str, int] | None:
+    """Return shard id, attempt and number of a part's path, or None for another file."""
+    folder, *names = path.split("/")
+    number = parse_part_name(names[-1]) if len(names) == 3 and folder == DATA else None
+    return None if number is None else (names[0], names[1], number)
 
 
 def index_path(shard_id: str, attempt: str) -> str:

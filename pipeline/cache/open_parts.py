@@ -1,14 +1,14 @@
-"""Parts kept open between reads, few of them, each used by one thread at a time."""
+"""Parts and tables kept open between reads, few of them, each used by one thread at a time."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.cache import parquet
+from pipeline.cache import layout, parquet
 from pipeline.errors import CacheFormatError
 from pipeline.storage import Store
 
@@ -18,10 +18,11 @@ _TAIL_BYTES = 64 << 10  # holds most footers whole
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PartRecord:
-    """What a snapshot says of a part; None where it does not."""
+    """What a snapshot says of a part or table; None where it does not."""
 
     size: int | None = None
     footer_crc32c: int | None = None
+    columns: Sequence[pa.Field] = layout.FIXED_COLUMNS  # that it must have
 
 
 class OpenParts:
@@ -75,7 +76,7 @@ class OpenParts:
         local = self.store.local_path(path)
         # Not mapped: a file that is cut short while it is mapped kills the process that reads it.
         source = self.store.open_read(path) if local is None else pa.OSFile(local)
-        return parquet.open_part(source, metadata, where=where)
+        return parquet.open_part(source, metadata, where=where, columns=record.columns)
 
     def _footer(self, path: str, size: int) -> bytes:
         where, length = self.store.url_of(path), min(size, _TAIL_BYTES)

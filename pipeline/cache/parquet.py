@@ -5,7 +5,7 @@ with a checksum, before they are parsed. All pages have checksums of their own.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -75,14 +75,36 @@ def read_table(content: bytes, schema: pa.Schema, *, where: str) -> pa.Table:
     with parsing(where):
         file = pq.ParquetFile(pa.BufferReader(content), **_LIMITS)
         found, num_rows = file.schema_arrow, file.metadata.num_rows
-        if num_rows > max(_FREE_ROWS, _ROWS_PER_BYTE * len(content)):
-            raise CacheFormatError(f"{where} claims {num_rows} rows in {len(content)} bytes")
+        check_claim(num_rows, len(content), where=where)
         names = [f.name for f in schema if _has(found, f, where)]
         table = file.read(columns=names, use_threads=False)
-        table.validate(full=True)
         if table.num_rows != num_rows:
             raise CacheFormatError(f"{where} holds {table.num_rows} rows, not {num_rows}")
-        columns = [table[f.name] if f.name in names else pa.nulls(num_rows, f.type) for f in schema]
+        return conform(table, schema, where=where)
+
+
+def check_claim(num_rows: int, size: int, *, where: str) -> None:
+    """Refuse a table that claims more rows than its bytes can hold, before they are made.
+
+    Raises:
+        CacheFormatError: it does.
+    """
+    if num_rows > max(_FREE_ROWS, _ROWS_PER_BYTE * size):
+        raise CacheFormatError(f"{where} claims {num_rows} rows in {size} bytes")
+
+
+def conform(table: pa.Table, schema: pa.Schema, *, where: str) -> pa.Table:
+    """Return what was read as a table of a schema; columns that may be null may be missing.
+
+    Raises:
+        CacheFormatError: it has a null that may not be, or its values make no sense.
+    """
+    with parsing(where):
+        table.validate(full=True)
+        columns = [
+            table[f.name] if f.name in table.column_names else pa.nulls(len(table), f.type)
+            for f in schema
+        ]
         for field, column in zip(schema, columns, strict=True):
             if column.null_count and not field.nullable:
                 raise CacheFormatError(f"{where} has a null in column {field.name!r}")
@@ -123,23 +145,25 @@ def open_part(
     metadata: pq.FileMetaData | None = None,
     *,
     where: str,
+    columns: Sequence[pa.Field] = layout.FIXED_COLUMNS,
     check_pages: bool = True,
 ) -> pq.ParquetFile:
-    """Open a part.
+    """Open a part, or a table of a snapshot.
 
     Args:
         source: a file that can be read from any place.
         metadata: its footer where that is known; else it is read.
         where: the file, for messages.
+        columns: that it must have.
         check_pages: try the checksums of pages when they are read.
 
     Raises:
-        CacheFormatError: it is no part, by its footer.
+        CacheFormatError: it is no such file, by its footer.
     """
     with parsing(where):
         options = {**_LIMITS, "page_checksum_verification": check_pages}
         part = pq.ParquetFile(source, metadata=metadata, **options)
-        for field in layout.FIXED_COLUMNS:
+        for field in columns:
             _has(part.schema_arrow, field, where)
         return part
 

@@ -1,149 +1,162 @@
 """Read rows of a snapshot by key or by scan; bytes only, no torch and no codec."""
 
 import bisect
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from pipeline.cache import layout, parquet, row
-from pipeline.cache.open_parts import OpenParts, PartRecord
+from pipeline.cache.fetch import in_order
+from pipeline.cache.open_parts import PartRecord
 from pipeline.cache.part_check import PartCheck
 from pipeline.cache.row import StoredTokens
-from pipeline.cache.snapshot import Snapshot
-from pipeline.errors import CacheFormatError, KeyNotFoundError
+from pipeline.cache.row_groups import RowGroups
+from pipeline.cache.row_place import RowPlace, check_place
+from pipeline.cache.segment_reader import SegmentReader, join_files
+from pipeline.cache.snapshot_record import Snapshot, StoredTable
+from pipeline.cache.sorted_rows import ORDER, merge_sorted, repeated, whole_keys
+from pipeline.errors import CacheFormatError, KeyNotFoundError, NotFoundError
 from pipeline.storage import Store
 
+__all__ = ["RowPlace", "SnapshotReader"]
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RowPlace:
-    """Where one row lies."""
-
-    key: str
-    path: str  # of its part
-    row_group: int
-    row: int  # within the row group
-    num_tokens: int
-    grid_t: int
-    grid_h: int
-    grid_w: int
-    width: int  # of the image, in pixels
-    height: int
-    tokens_offset: int  # bytes from the start of the part
-    tokens_length: int
-    aux_offset: int
-    aux_length: int
-    aux_crc32c: int | None = None  # tells this row from any other; None in older caches
+_PLACE = [f.name for f in fields(RowPlace) if f.name != "path"]
 
 
 @dataclass(kw_only=True)
 class SnapshotReader:
-    """Rows of one snapshot; stays as it is while jobs add to the cache."""
+    """Rows of one snapshot; stays as it is while jobs add to the cache.
+
+    Opening reads nothing. A key is looked for in the row groups whose first and last key it lies
+    between; `RowGroups` says what stays in memory.
+    """
 
     store: Store
     snapshot: Snapshot
-    tables: tuple[pa.Table, pa.Table] | None = field(default=None, repr=False)
-    """Files and index of a snapshot that is not stored; else they are read when first needed."""
-    _parts: OpenParts = field(init=False, repr=False)
+    tables: Mapping[str, pa.Table] | None = field(default=None, repr=False)
+    """By path, tables that are not stored."""
+    _groups: RowGroups = field(init=False, repr=False)
+    _segments: list[SegmentReader] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self._parts = OpenParts(self.store)
+        self._groups = RowGroups(self.store, self.tables)
+        self._segments = [SegmentReader(self._groups, s) for s in self.snapshot.segments]
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __reduce__(self) -> tuple[Any, ...]:
         """Travel to another process without open files and what can be read again."""
-        kept = {"store": self.store, "snapshot": self.snapshot, "tables": self.tables}
-        return {**kept, "_parts": self._parts}
+        return _reopen, (self.store, self.snapshot, self.tables)
 
     def file_records(self) -> list[dict[str, Any]]:
-        """Return path, size, sha256, rows and shard of every part, by file number."""
-        return [*self._records.values()]
+        """Return what the files table says of every part, by file number."""
+        return list(self._numbered[0].to_pylist())
 
-    @cached_property
-    def _records(self) -> dict[str, dict[str, Any]]:
-        """The record of each part, by path."""
-        found = self.snapshot
-        table = self.tables[0] if self.tables else None
-        if table is None:
-            table = self._table(found.files, layout.FILES_SCHEMA, found.files_sha256)
-        records = {record["path"]: record for record in table.to_pylist()}
-        if len(records) != table.num_rows:
-            raise CacheFormatError(f"{self.store.url}/{found.files} names a part twice")
-        return records
-
-    @cached_property
+    @property
     def files(self) -> list[str]:
-        """Paths of the parts, by file number."""
-        return [*self._records]
+        """Paths of the parts, by file number: in the order of shard and path."""
+        return list(self._numbered[0]["path"].to_pylist())
 
     @cached_property
     def index(self) -> pa.Table:
-        """The sorted index, in memory."""
-        if self.tables:
-            return self.tables[1].combine_chunks()
-        found = self.snapshot
-        table = self._table(found.index, layout.SNAPSHOT_INDEX_SCHEMA, found.index_sha256)
-        if table.num_rows != found.num_rows:
-            raise CacheFormatError(
-                f"{self.store.url}/{found.index} has {table.num_rows} rows, not {found.num_rows}"
-            )
-        return table.combine_chunks()
+        """All rows sorted by key, with file numbers; some 100 bytes a row in memory."""
+        tables = list(self.rows())
+        return pa.concat_tables([layout.SEGMENT_SCHEMA.empty_table(), *tables]).combine_chunks()
 
-    @cached_property
-    def _keys(self) -> pa.Array:
-        column = self.index["key"]
-        return column.combine_chunks() if column.num_chunks else pa.array([], pa.string())
+    def rows(self) -> Iterator[pa.Table]:
+        """Yield the index in pieces, sorted by key; hidden rows are not in it."""
+        numbers = self._numbered[1]
+        streams = [s.stream(n) for s, n in zip(self._segments, numbers, strict=True)]
+        if not self.snapshot.num_duplicates:
+            yield from merge_sorted(streams)
+            return
+        for table in whole_keys(merge_sorted(streams)):
+            rows = table.sort_by(ORDER)
+            yield rows.filter(pc.invert(repeated(rows["key"])))
 
     def __len__(self) -> int:
         return self.snapshot.num_rows
 
     def keys(self) -> Iterator[str]:
         """Yield all keys in order."""
-        for chunk in self.index["key"].chunks:
-            yield from chunk.to_pylist()
+        for table in self.rows():
+            yield from table["key"].to_pylist()
 
     def contains(self, key: str) -> bool:
         """Return whether there is such a key."""
-        return self._search(key) is not None
+        return any(segment.find(key) for segment in self._segments)
 
     def find(self, key: str) -> RowPlace:
         """Return the place of a key's row.
 
         Raises:
             KeyNotFoundError: no such key.
+            CacheFormatError: the index is damaged.
+            StorageError: the store cannot be read.
         """
-        number = self._search(key)
-        if number is None:
+        found = [(s, *row) for s in self._segments for row in s.find(key)]
+        if not found:
             raise KeyNotFoundError(
                 f"no image {key!r} in {self.store.url} (snapshot {self.snapshot.number}, "
                 f"{len(self)} images)"
             )
-        return self.place(number)
+        # Of rows with one key the one of the earliest shard counts.
+        files = [(s.file_of(table["file"][n].as_py()), table, n) for s, table, n in found]
+        file, table, number = min(files, key=lambda row: (row[0]["shard"], row[0]["path"]))
+        values = {name: table[name][number].as_py() for name in _PLACE}
+        return self._place(file["path"], file["size"], values)
 
-    def place(self, number: int) -> RowPlace:
-        """Return the place of the row that is `number`th by key.
+    def find_many(self, keys: Sequence[str]) -> list[RowPlace]:
+        """Return the places of several keys' rows; in parallel where the store is remote.
 
         Raises:
-            CacheFormatError: the index says what cannot be.
+            KeyNotFoundError: one of them is not there.
+            CacheFormatError: the index is damaged.
+            StorageError: the store cannot be read.
         """
-        values = {
-            name: self.index[name][number].as_py()
-            for name in self.index.column_names
-            if name not in ("content_hash", "part", "file")
-        }
-        file = self.index["file"][number].as_py()
-        if not 0 <= file < len(self.files):
-            raise CacheFormatError(
-                f"{self.store.url}: the index has key {values['key']!r} in file {file} of "
-                f"{len(self.files)}; it is damaged"
-            )
-        place = RowPlace(path=self.files[file], **values)
-        _check_place(place, self._records[place.path]["size"], f"{self.store.url}/{place.path}")
-        return place
+        if len(keys) < 2 or self.store.local_path("") is not None:
+            return [self.find(key) for key in keys]
+        return list(in_order(self.find, keys))
+
+    def row_groups(self) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int64]]:
+        """Return file number, row group and number of rows of all row groups, as stored.
+
+        Hidden rows are not counted. Some 16 bytes a row group stay in memory, and what
+        `file_records` tells of each part.
+        """
+        files: list[int] = []
+        groups: list[int] = []
+        rows: list[int] = []
+        table = self._numbered[0]
+        known = zip(table["path"].to_pylist(), table["row_groups"].to_pylist(), strict=True)
+        for number, (path, sizes) in enumerate(known):
+            if sizes is None:  # of the first layout
+                sizes = np.bincount(self._rows_of_part(path)["row_group"].to_numpy()).tolist()
+            hidden = [len(self._hidden.get((path, g), ())) for g in range(len(sizes))]
+            files += [number] * len(sizes)
+            groups += range(len(sizes))
+            rows += [size - count for size, count in zip(sizes, hidden, strict=True)]
+        return np.array(files, np.int32), np.array(groups, np.int32), np.array(rows, np.int64)
+
+    def places_in(self, path: str, row_group: int) -> list[RowPlace]:
+        """Return the places of the rows of a row group, as stored; hidden ones are not among them.
+
+        They are read from the index of the attempt, which stays in memory for a while.
+        """
+        rows = self._rows_of_part(path)
+        rows = rows.filter(pc.equal(rows["row_group"], row_group)).sort_by("row")
+        hidden = self._hidden.get((path, row_group), set())
+        size = self._record_of(path)["size"]
+        values = [v for v in rows.select(_PLACE).to_pylist() if v["row"] not in hidden]
+        return [self._place(path, size, v) for v in values]
 
     def read_tokens(self, place: RowPlace, keep_tokens: int | None = None) -> StoredTokens:
         """Fetch the first `keep_tokens` tokens of one row by two ranged reads.
@@ -265,28 +278,78 @@ class SnapshotReader:
         with self.part(path) as part:
             wanted = part.schema_arrow.names if columns is None else _known(part, columns)
             names = check.columns_for(wanted)
-            check.check_size(part.metadata, self._records[path]["rows"])
+            check.check_size(part.metadata, self._record_of(path)["rows"])
             for group in range(part.num_row_groups):
                 table = _read_group(part, group, names, where)
                 check.check_group(group, table)
                 yield from table.select(wanted).to_batches()
 
     def part(self, path: str) -> AbstractContextManager[pq.ParquetFile]:
-        """Give an open part for a block; the 16 used last stay open, their footers read once."""
-        record = self._records[path]
+        """Give an open part for a block; of parts and tables the 16 used last stay open."""
+        record = self._record_of(path)
         expected = PartRecord(size=record["size"], footer_crc32c=record.get("footer_crc32c"))
-        return self._parts.use(path, expected)
+        return self._groups.open_files.use(path, expected)
 
-    def _search(self, key: str) -> int | None:
-        keys = self._keys
-        number = bisect.bisect_left(range(len(keys)), key, key=lambda i: keys[i].as_py())
-        return number if number < len(keys) and keys[number].as_py() == key else None
+    def _rows_of_part(self, path: str) -> pa.Table:
+        parsed = layout.parse_part_path(path)
+        if parsed is None:
+            raise CacheFormatError(f"{self.store.url}/{path} is not the path of a part")
+        shard_id, attempt, part = parsed
+        index = StoredTable(path=layout.index_path(shard_id, attempt))
+        groups = range(len(self._groups.starts(index, layout.INDEX_SCHEMA)) - 1)
+        pieces = [self._groups.group(index, group, layout.INDEX_SCHEMA) for group in groups]
+        rows = pa.concat_tables([layout.INDEX_SCHEMA.empty_table(), *pieces])
+        return rows.filter(pc.equal(rows["part"], part))
 
-    def _table(self, path: str, schema: pa.Schema, sha256: str) -> pa.Table:
-        content, where = self.store.read(path), f"{self.store.url}/{path}"
-        if sha256:  # older snapshots do not say
-            parquet.check_content(content, size=len(content), sha256=sha256, where=where)
-        return parquet.read_table(content, schema, where=where)
+    def _record_of(self, path: str) -> dict[str, Any]:
+        """Return what the files table says of a part.
+
+        Raises:
+            NotFoundError: the snapshot has no such part.
+        """
+        parsed, files = layout.parse_part_path(path), self._numbered[0]
+        wanted = (parsed[0] if parsed else "", path)
+        shards, paths = files["shard"], files["path"]
+        number = bisect.bisect_left(
+            range(len(files)), wanted, key=lambda n: (shards[n].as_py(), paths[n].as_py())
+        )
+        if number == len(files) or paths[number].as_py() != path:
+            raise NotFoundError(f"{self.store.url}: no part {path} in the snapshot")
+        return dict(files.slice(number, 1).to_pylist()[0])
+
+    def _place(self, path: str, size: int, values: Mapping[str, Any]) -> RowPlace:
+        place = RowPlace(path=path, **values)
+        check_place(place, size, f"{self.store.url}/{path}")
+        return place
+
+    @cached_property
+    def _hidden(self) -> Mapping[tuple[str, int], set[int]]:
+        """Rows that an equal key hides, by part and row group."""
+        hidden: dict[tuple[str, int], set[int]] = defaultdict(set)
+        if self.snapshot.hidden is not None:
+            table = self._groups.whole(self.snapshot.hidden, layout.HIDDEN_SCHEMA)
+            for row in table.select(["path", "row_group", "row"]).to_pylist():
+                hidden[row["path"], row["row_group"]].add(row["row"])
+        elif self.snapshot.num_duplicates:  # the first layout only leaves them out
+            paths = self.files
+            for path in paths:
+                for row in self._rows_of_part(path).select(["row_group", "row"]).to_pylist():
+                    hidden[path, row["row_group"]].add(row["row"])
+            for table in self.rows():
+                for row in table.select(["file", "row_group", "row"]).to_pylist():
+                    hidden[paths[row["file"]], row["row_group"]].discard(row["row"])
+        return hidden
+
+    @cached_property
+    def _numbered(self) -> tuple[pa.Table, list[NDArray[np.int32]]]:
+        """The files that count, numbered, and the new numbers of those of each segment."""
+        return join_files([segment.files for segment in self._segments])
+
+
+def _reopen(
+    store: Store, snapshot: Snapshot, tables: Mapping[str, pa.Table] | None
+) -> SnapshotReader:
+    return SnapshotReader(store=store, snapshot=snapshot, tables=tables)
 
 
 def _check_row_group(part: pq.ParquetFile, place: RowPlace, url: str) -> None:
@@ -310,18 +373,3 @@ def _read_group(part: pq.ParquetFile, group: int, names: Sequence[str], where: s
     if len(table) != expected:
         raise CacheFormatError(f"{where}: row group {group} holds {len(table)} of {expected} rows")
     return table
-
-
-def _check_place(place: RowPlace, size: int, where: str) -> None:
-    """Refuse a place that is not inside its part, before as much is fetched as it says."""
-    spans = (
-        (place.tokens_offset, place.tokens_length),
-        (place.aux_offset, place.aux_length),
-    )
-    is_inside = all(start >= 0 and 0 < length <= size - start for start, length in spans)
-    least_zero, least_one = (place.row_group, place.row), (place.grid_t, place.grid_h, place.grid_w)
-    can_be = min(least_zero) >= 0 and min(*least_one, place.width, place.height) > 0
-    if not is_inside or not can_be or not 0 < place.num_tokens <= place.tokens_length:
-        raise CacheFormatError(
-            f"{where}: the index says of key {place.key!r} what cannot be; it is damaged"
-        )

@@ -9,7 +9,9 @@ from typer.testing import CliRunner
 
 from pipeline.cache import garbage
 from pipeline.cache.commit import Commit, claim_identity, try_commit
+from pipeline.cache.reader import SnapshotReader
 from pipeline.cache.snapshot import build_snapshot, collect_snapshot
+from pipeline.cache.snapshot_record import record_path
 from pipeline.cli import app
 from pipeline.errors import CacheFormatError, StorageError
 from pipeline.storage import Entry, Store, open_store
@@ -115,17 +117,32 @@ def test_an_attempt_that_is_committed_while_garbage_is_looked_for_stays(
 def test_tables_of_a_snapshot_that_was_not_published_go(store: Store) -> None:
     commit_rows(store, "a", [make_row("a")])
     snapshot = build_snapshot(store)
-    lost, _, _ = collect_snapshot(store)
-    for path in (lost.files, lost.index):
-        store.put(path.replace("-0000001", "00000000"), b"of a driver that lost the number")
-    before = {snapshot.files, snapshot.index}
+    lost, _ = collect_snapshot(store)
+    for path in lost.paths:
+        store.put(path, b"of a driver that lost the number")
+    before = {*snapshot.paths}
 
     gone = found(store)
 
-    assert len(gone) == 2
+    assert gone == {*lost.paths}
+    assert len(gone) == 3
     assert not gone & before
     clear(store)
     assert before <= contents(store)
+
+
+def test_tables_that_later_snapshots_took_over_stay(store: Store) -> None:
+    commit_rows(store, "a", [make_row(f"a{n}", num_tokens=1) for n in range(3)])
+    first = build_snapshot(store)
+    commit_rows(store, "b", [make_row("a0", num_tokens=1)])
+    second = build_snapshot(store)
+    store.delete(record_path(first.number))  # as one who wants to be rid of old snapshots may
+
+    clear(store)
+
+    left = {e.path for e in store.list("snapshots")}
+    assert left == {*second.paths, record_path(second.number)}
+    assert list(SnapshotReader(store=store, snapshot=second).keys()) == ["a0", "a1", "a2"]
 
 
 def test_what_a_killed_writer_left_on_a_disk_goes(tmp_path: Path) -> None:

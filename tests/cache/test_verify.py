@@ -59,11 +59,13 @@ def test_a_whole_cache_has_no_damage_whatever_lies_in_it(store: Store) -> None:
 
 def with_index(reader: SnapshotReader, column: str, change: int) -> SnapshotReader:
     """Return a reader whose index is wrong by `change` in one column of its first row."""
-    _, files, index = collect_snapshot(reader.store)
+    found, tables = collect_snapshot(reader.store)
+    (path,) = (file.table.path for file in found.segments[0].index)
+    index = tables[path]
     number = index.column_names.index(column)
     changes = pa.array([change] + [0] * (index.num_rows - 1), index[column].type)
     changed = index.set_column(number, index.field(number), pc.add(index[column], changes))
-    return SnapshotReader(store=reader.store, snapshot=reader.snapshot, tables=(files, changed))
+    return SnapshotReader(store=reader.store, snapshot=found, tables={**tables, path: changed})
 
 
 @pytest.mark.parametrize(
@@ -94,17 +96,20 @@ def test_an_index_that_points_elsewhere_is_damage(store: Store, column: str, cha
 def rewritten(store: Store, commit: Commit, content: bytes) -> SnapshotReader:
     """Return a reader that takes other bytes of a part for those that were committed."""
     store.put(commit.files[0].path, content)
-    found, files, index = collect_snapshot(store)
+    found, tables = collect_snapshot(store)
+    path = found.segments[0].files.path
     sha256 = hashlib.sha256(content).hexdigest()
-    number = files.column_names.index("sha256")
-    files = files.set_column(number, files.field(number), pa.array([sha256]))
-    return SnapshotReader(store=store, snapshot=found, tables=(files, index))
+    number = tables[path].column_names.index("sha256")
+    field = tables[path].field(number)
+    files = tables[path].set_column(number, field, pa.array([sha256]))
+    return SnapshotReader(store=store, snapshot=found, tables={**tables, path: files})
 
 
 @pytest.mark.parametrize("column", ["tokens_offset", "aux_offset"])
 def test_a_row_written_wrong_is_found_by_its_checksums(store: Store, column: str) -> None:
     commit = commit_rows(store, "s", [make_row("a", seed=1), make_row("b", seed=2)])
-    place = collect_snapshot(store)[2][column][1].as_py()
+    found, tables = collect_snapshot(store)
+    place = tables[found.segments[0].index[0].table.path][column][1].as_py()
     content = bytearray(store.read(commit.files[0].path))
     content[place + 9] ^= 4
 
@@ -145,4 +150,4 @@ def test_each_part_is_fetched_once(tmp_path: Path) -> None:
     assert list(find_damage(reader)) == []
 
     assert store.reads == {"data": 2, "snapshots": 2}
-    assert store.ranges == 0
+    assert store.ranges == 2  # footers of the snapshot's two tables
