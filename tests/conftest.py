@@ -11,7 +11,7 @@ from tests.network import isolate
 
 ROOT = Path(__file__).parents[1]
 
-pytest_plugins = ["tests.servers.fixtures"]
+pytest_plugins = ["tests.servers.fixtures", "tests.storage_fixtures"]
 
 ISOLATED = isolate()
 """True where the tests can reach nothing but loopback, by construction."""
@@ -26,6 +26,8 @@ def _silent_environment() -> dict[str, str]:
     )
     return {
         "HOME": home,
+        # gcsfs asks by gRPC what kind of bucket it has; it reads this when it is imported.
+        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "RAY_AUTH_MODE": "disabled",

@@ -7,13 +7,13 @@ from datetime import UTC, datetime
 from typing import Any
 
 import fsspec
-from fsspec.core import split_protocol, url_to_fs
+from fsspec.core import split_protocol
 from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.errors import ConfigError
+from pipeline.storage._driver import AZURE, GCS, S3, open_filesystem
 
-_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
-_EXTRAS |= dict.fromkeys(("az", "abfs", "abfss", "adl"), "azure")
+_EXTRAS = dict.fromkeys(S3, "s3") | dict.fromkeys(GCS, "gcs") | dict.fromkeys(AZURE, "azure")
 _LOCAL = ("", "file", "local")
 _SECRET = re.compile(
     r"://[^/@]*:[^/@]*@|[?&][^=&]*(sig|token|secret|credential|password|key)[^=&]*=", re.IGNORECASE
@@ -59,7 +59,7 @@ class Backend:
 
     @property
     def is_s3(self) -> bool:
-        return split_protocol(self.url)[0] in ("s3", "s3a")
+        return split_protocol(self.url)[0] in S3
 
     def url_of(self, path: str) -> str:
         """Return the URL of a path that this filesystem listed."""
@@ -86,9 +86,7 @@ class Backend:
     def _open(self) -> tuple[Any, str]:
         # Drivers do not survive a fork; a filesystem belongs to the process that opened it.
         if self._opened is None or self._opened[0] != os.getpid():
-            # A cached listing would hide what other processes write.
-            options = {} if self.is_local else {"use_listings_cache": False}
-            fs, path = url_to_fs(self.url, **options)
+            fs, path = open_filesystem(self.url)
             self._opened = (os.getpid(), fs, path.rstrip("/"))
         return self._opened[1], self._opened[2]
 

@@ -9,12 +9,13 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from pipeline.errors import AlreadyExistsError, NotFoundError, StorageError
+from pipeline.errors import AlreadyExistsError, NotFoundError, PipelineError, StorageError
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-ATTEMPTS = 5
+ATTEMPTS = 8  # pauses of 20 to 36 s in all
+PATIENCE_S = 120.0  # no attempt begins later than this after the first
 FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 10.0
 
@@ -35,14 +36,25 @@ _DRIVER_ERRORS = {
     "aiohttp": ("ClientError",),
     "azure.core.exceptions": ("AzureError",),
     "botocore.exceptions": ("BotoCoreError", "ClientError"),
-    "gcsfs.retry": ("HttpError",),
+    "gcsfs.retry": ("HttpError", "ChecksumError"),
     "google.auth.exceptions": ("GoogleAuthError",),
 }
 _TRANSIENT_DRIVER_ERRORS = {
     "aiohttp": ("ClientConnectionError", "ClientPayloadError"),
-    "azure.core.exceptions": ("ServiceRequestError", "ServiceResponseError"),
-    "botocore.exceptions": ("ConnectionError", "HTTPClientError", "IncompleteReadError"),
+    "azure.core.exceptions": (
+        "ServiceRequestError",
+        "ServiceResponseError",
+        "IncompleteReadError",
+    ),
+    "botocore.exceptions": (
+        "ConnectionError",
+        "HTTPClientError",
+        "IncompleteReadError",
+        "FlexibleChecksumError",
+    ),
+    "gcsfs.retry": ("ChecksumError",),
     "google.auth.exceptions": ("TransportError",),
+    "requests.exceptions": ("ConnectionError", "Timeout", "ChunkedEncodingError"),
 }
 
 
@@ -52,7 +64,8 @@ class BrokenAnswerError(ConnectionError):
 
 def store_errors() -> tuple[type[Exception], ...]:
     """Return every class of error that a store is known to raise."""
-    return (OSError, *_loaded(_DRIVER_ERRORS))
+    # gcsfs gives ValueError for a request that the server calls invalid.
+    return (OSError, ValueError, *_loaded(_DRIVER_ERRORS))
 
 
 def is_transient(err: BaseException) -> bool:
@@ -63,6 +76,12 @@ def is_transient(err: BaseException) -> bool:
         return err.errno in _TRANSIENT_ERRNOS
     statuses = (getattr(err, name, None) for name in ("status", "status_code", "code"))
     return any(_is_transient_status(status) for status in statuses)
+
+
+def is_not_implemented(err: BaseException) -> bool:
+    """Tell whether a store says that it cannot do such a thing at all (501)."""
+    status = getattr(err, "status_code", None)
+    return status == 501 or (isinstance(err, OSError) and err.errno == errno.ENOSYS)
 
 
 def with_retries(what: str, url: str, operation: Callable[[], T]) -> T:
@@ -76,13 +95,15 @@ def with_retries(what: str, url: str, operation: Callable[[], T]) -> T:
     Raises:
         StorageError: or its subclass that fits, after the last attempt or a permanent error.
     """
+    last_start = time.monotonic() + PATIENCE_S
     for attempt in itertools.count(1):
         try:
             return operation()
-        except StorageError:  # ours already: a decision, not an accident
+        except PipelineError:  # ours already: a decision, not an accident
             raise
         except store_errors() as err:
-            if attempt == ATTEMPTS or not is_transient(err):
+            is_last = attempt == ATTEMPTS or time.monotonic() > last_start
+            if is_last or not is_transient(err):
                 raise as_storage_error(what, url, err, attempts=attempt) from err
             longest_s = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** (attempt - 1))
             pause_s = longest_s * random.uniform(0.5, 1)

@@ -16,10 +16,17 @@ from typing import BinaryIO, TypeVar
 from pipeline.errors import AlreadyExistsError, ConfigError, NotFoundError, StorageError
 from pipeline.storage import _local
 from pipeline.storage._backend import Backend, checked_url, modified
-from pipeline.storage._retry import BrokenAnswerError, is_transient, store_errors, with_retries
+from pipeline.storage._retry import (
+    BrokenAnswerError,
+    is_not_implemented,
+    is_transient,
+    store_errors,
+    with_retries,
+)
 
 T = TypeVar("T")
 
+ONCE_BYTES = 32 * 2**20  # every driver sends so much in one request
 _BUFFER_BYTES = 256 * 1024
 _memory_lock = threading.Lock()
 
@@ -94,8 +101,9 @@ class Store:
             data = bytes(self._backend.fs.cat_file(full, start=offset, end=offset + length))
             if len(data) != length:
                 message = f"asked for {length} bytes at {offset}, got {len(data)}"
-                if self._backend.is_local or self._backend.is_memory:
-                    raise StorageError(f"cannot read {self.url_of(path)}: {message}")
+                size = self._backend.fs.info(full)["size"]
+                if offset + length > size or self._backend.is_local or self._backend.is_memory:
+                    raise StorageError(f"cannot read {self.url_of(path)} ({size} bytes): {message}")
                 raise BrokenAnswerError(message)
             return data
 
@@ -118,8 +126,14 @@ class Store:
 
         Raises:
             AlreadyExistsError: there is another object.
+            StorageError: also if `data` is larger than the 32 MiB that go in one request.
         """
         full = self._full(path)
+        if len(data) > ONCE_BYTES:
+            raise StorageError(
+                f"cannot create {self.url_of(path)}: {len(data)} bytes are more than one "
+                f"conditional request takes ({ONCE_BYTES})"
+            )
         if self._backend.is_local:
             self._try("create", path, lambda: _local.write_once(full, data))
         elif self._backend.is_memory:
@@ -243,6 +257,11 @@ class Store:
                 honoured = self.read(probe) == first
             self.delete(probe)
         except StorageError as err:
+            if err.__cause__ is not None and is_not_implemented(err.__cause__):
+                raise ConfigError(
+                    f"store {self.url} does not support put-if-absent ({err}); two jobs could "
+                    "overwrite each other: use a store that does"
+                ) from err
             raise ConfigError(
                 f"store {self.url} cannot be written: {err}; check that the place exists, the "
                 "permissions, and that it supports put-if-absent (hard links, on a local disk)"

@@ -6,17 +6,23 @@ A server whose program is not installed skips the tests that need it, unless
 
 import os
 import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 
+from tests.servers.azurite import Azurite
 from tests.servers.clients import client_environment
 from tests.servers.fault_proxy import FaultProxy
+from tests.servers.gcs_emulator import GcsEmulator
 from tests.servers.process import MissingServerError
 from tests.servers.radosgw import Radosgw
+from tests.servers.rclone import Rclone
+from tests.servers.swift import Swift
 
+_buckets: dict[object, str] = {}
 REQUIRED = os.environ.get("CARVE_TEST_SERVERS") == "required"
 
 
@@ -34,6 +40,27 @@ def started(kind):
         stack.close()  # before its folder goes
 
 
+def empty_place(server) -> str:
+    """Return the URL of a folder that nobody else uses, all in one bucket of the server's."""
+    if server not in _buckets:
+        _buckets[server] = server.create_bucket()
+    return f"{_buckets[server]}/{uuid.uuid4().hex[:8]}"
+
+
+@contextmanager
+def bucket_on(server) -> Iterator[str]:
+    """Give the URL of an empty place, and an environment that leads clients there."""
+    with client_environment(server.environment()):
+        yield empty_place(server)
+
+
+@contextmanager
+def proxied_bucket_on(server) -> Iterator[tuple[FaultProxy, str]]:
+    """Give a proxy, and the URL of an empty place that clients reach through it."""
+    with FaultProxy(server.port) as proxy, client_environment(server.environment(proxy.url)):
+        yield proxy, empty_place(server)
+
+
 @pytest.fixture(scope="session")
 def radosgw() -> Iterator[Radosgw]:
     """Ceph's S3 gateway, in memory."""
@@ -41,19 +68,56 @@ def radosgw() -> Iterator[Radosgw]:
         yield server
 
 
+@pytest.fixture(scope="session")
+def azurite() -> Iterator[Azurite]:
+    with started(Azurite) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def swift() -> Iterator[Swift]:
+    """S3 without conditional puts: 501."""
+    with started(Swift) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def rclone() -> Iterator[Rclone]:
+    """S3 that takes conditional puts and overwrites."""
+    with started(Rclone) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def gcs_emulator() -> Iterator[GcsEmulator]:
+    """Google Cloud Storage that ignores generation preconditions."""
+    with started(GcsEmulator) as server:
+        yield server
+
+
 @pytest.fixture
 def s3_url(radosgw: Radosgw) -> Iterator[str]:
-    """A new bucket on radosgw; the environment leads clients there."""
-    with client_environment(radosgw.environment()):
-        yield radosgw.create_bucket()
+    """An empty place on radosgw; the environment leads clients there."""
+    with bucket_on(radosgw) as url:
+        yield url
+
+
+@pytest.fixture
+def azure_url(azurite: Azurite) -> Iterator[str]:
+    """An empty place on Azurite; the environment leads clients there."""
+    with bucket_on(azurite) as url:
+        yield url
 
 
 @pytest.fixture
 def proxied_s3(radosgw: Radosgw) -> Iterator[tuple[FaultProxy, str]]:
-    """A proxy before radosgw and a new bucket; the environment leads clients to the proxy."""
-    url = radosgw.create_bucket()
-    with (
-        FaultProxy(radosgw.port) as proxy,
-        client_environment(radosgw.environment(proxy.url)),
-    ):
-        yield proxy, url
+    """A proxy before radosgw and an empty place; the environment leads clients to the proxy."""
+    with proxied_bucket_on(radosgw) as both:
+        yield both
+
+
+@pytest.fixture
+def proxied_azure(azurite: Azurite) -> Iterator[tuple[FaultProxy, str]]:
+    """A proxy before Azurite and an empty place; the environment leads clients to the proxy."""
+    with proxied_bucket_on(azurite) as both:
+        yield both

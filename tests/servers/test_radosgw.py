@@ -10,7 +10,7 @@ def test_signatures_are_checked(radosgw, s3_url):
     with client_environment({**radosgw.environment(), "AWS_SECRET_ACCESS_KEY": "wrong"}):
         fs = fsspec.filesystem("s3")
         with pytest.raises(PermissionError):
-            fs.ls(s3_url)
+            fs.ls(s3_url.rpartition("/")[0])
 
 
 def test_objects_outlive_a_killed_gateway(radosgw, s3_url):

@@ -1,0 +1,91 @@
+"""Opening fsspec's drivers so that none waits without end and none retries on its own.
+
+Left as they are, s3fs and botocore make up to 25 requests where one was asked for (a minute of
+silence before the first error), azure-storage up to 4 with 15 s between, gcsfs 6 and with no limit
+to any of them. Multiplied with our own retries a store that is down would hold an actor for hours.
+So every driver is told to ask once and to give up in bounded time; `_retry` does the rest.
+"""
+
+import os
+from types import MethodType
+from typing import Any
+
+import fsspec.config
+from fsspec.core import split_protocol, url_to_fs
+
+from pipeline.errors import ConfigError
+
+CONNECT_TIMEOUT_S = 10.0
+READ_TIMEOUT_S = 30.0  # of silence; an answer that goes on may take as long as it needs
+
+S3 = ("s3", "s3a")
+GCS = ("gs", "gcs")
+AZURE = ("az", "abfs", "abfss", "adl")
+
+
+def open_filesystem(url: str) -> tuple[Any, str]:
+    """Return the filesystem of a URL and the place in it.
+
+    Raises:
+        ConfigError: the driver lacks something it needs, for example credentials.
+    """
+    protocol = split_protocol(url)[0]
+    try:
+        fs, path = url_to_fs(url, **_options(protocol))
+    except ValueError as err:
+        raise ConfigError(f"cannot open {url}: {err}; see docs/stores.md") from err
+    if protocol in S3:
+        fs.retries = 1
+    elif protocol in GCS:
+        _bind_gcs(fs)
+    elif protocol in AZURE:
+        _bind_azure(fs)
+    return fs, path
+
+
+def _options(protocol: str | None) -> dict[str, Any]:
+    if protocol is None:
+        return {}
+    options: dict[str, Any] = {"use_listings_cache": False}  # it would hide what others write
+    if protocol in S3:
+        options["config_kwargs"] = {**_botocore_settings(), **_configured(S3, "config_kwargs")}
+    if protocol in AZURE:
+        options["connection_timeout"] = CONNECT_TIMEOUT_S
+        options["read_timeout"] = READ_TIMEOUT_S
+    return options
+
+
+def _botocore_settings() -> dict[str, Any]:
+    settings: dict[str, Any] = {
+        "connect_timeout": CONNECT_TIMEOUT_S,
+        "read_timeout": READ_TIMEOUT_S,
+        "retries": {"mode": "standard", "total_max_attempts": 1},
+    }
+    # Some servers send the checksum of the whole object with a part of it. Where it matters the
+    # cache has checksums of its own.
+    if "AWS_RESPONSE_CHECKSUM_VALIDATION" not in os.environ:
+        settings["response_checksum_validation"] = "when_required"
+    return settings
+
+
+def _configured(protocols: tuple[str, ...], option: str) -> dict[str, Any]:
+    """Return what the user's fsspec configuration gives for an option."""
+    found: dict[str, Any] = {}
+    for protocol in protocols:
+        found |= fsspec.config.conf.get(protocol, {}).get(option, {})
+    return found
+
+
+def _bind_gcs(fs: Any) -> None:  # noqa: ANN401  (fsspec has no types)
+    """Undo gcsfs' retries, which have no option, and set limits, of which it has none."""
+    import aiohttp
+
+    fs._request = MethodType(type(fs)._request.__wrapped__, fs)
+    fs.requests_timeout = aiohttp.ClientTimeout(
+        total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=READ_TIMEOUT_S
+    )
+
+
+def _bind_azure(fs: Any) -> None:  # noqa: ANN401
+    """Undo azure-storage's retries, which adlfs gives no access to; its timeouts stand for HEAD."""
+    fs.service_client._config.retry_policy.total_retries = 0
