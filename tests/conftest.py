@@ -28,6 +28,7 @@ def _silent_environment() -> dict[str, str]:
         "HOME": home,
         # gcsfs asks by gRPC what kind of bucket it has; it reads this when it is imported.
         "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
+        "FSSPEC_GCS_TOKEN": "anon",  # instead of looking for a cloud's metadata server
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "RAY_AUTH_MODE": "disabled",

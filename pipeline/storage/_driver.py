@@ -11,12 +11,14 @@ from types import MethodType
 from typing import Any
 
 import fsspec.config
+from fsspec.asyn import AsyncFileSystem, sync
 from fsspec.core import split_protocol, url_to_fs
 
 from pipeline.errors import ConfigError
 
 CONNECT_TIMEOUT_S = 10.0
 READ_TIMEOUT_S = 30.0  # of silence; an answer that goes on may take as long as it needs
+SLOWEST_SEND = 2**20  # bytes/s; what takes longer than at this speed is given up
 
 S3 = ("s3", "s3a")
 GCS = ("gs", "gcs")
@@ -43,15 +45,32 @@ def open_filesystem(url: str) -> tuple[Any, str]:
     return fs, path
 
 
+def send(fs: Any, operation: str, *args: object, num_bytes: int, **options: object) -> None:  # noqa: ANN401
+    """Do an operation that sends bytes, for example `pipe_file`, in bounded time.
+
+    The drivers' limits are for silence after a request; aiohttp, below all of them, waits without
+    end while a server takes no bytes or does not say `100 Continue`.
+
+    Raises:
+        TimeoutError: it took too long; whether it was done is not known.
+    """
+    if not isinstance(fs, AsyncFileSystem):
+        getattr(fs, operation)(*args, **options)
+        return
+    limit_s = CONNECT_TIMEOUT_S + READ_TIMEOUT_S + num_bytes / SLOWEST_SEND
+    act = getattr(fs, f"_{operation}")
+    try:
+        sync(fs.loop, act, *args, timeout=limit_s, **options)
+    except TimeoutError as err:
+        raise TimeoutError(f"no answer within {limit_s:.0f} s") from err
+
+
 def _options(protocol: str | None) -> dict[str, Any]:
     if protocol is None:
         return {}
     options: dict[str, Any] = {"use_listings_cache": False}  # it would hide what others write
     if protocol in S3:
         options["config_kwargs"] = {**_botocore_settings(), **_configured(S3, "config_kwargs")}
-    if protocol in AZURE:
-        options["connection_timeout"] = CONNECT_TIMEOUT_S
-        options["read_timeout"] = READ_TIMEOUT_S
     return options
 
 
@@ -87,5 +106,11 @@ def _bind_gcs(fs: Any) -> None:  # noqa: ANN401  (fsspec has no types)
 
 
 def _bind_azure(fs: Any) -> None:  # noqa: ANN401
-    """Undo azure-storage's retries, which adlfs gives no access to; its timeouts stand for HEAD."""
-    fs.service_client._config.retry_policy.total_retries = 0
+    """Set azure-storage's retries and limits, which adlfs gives access to for some requests only.
+
+    Its other retry counters do not matter once the total is 0.
+    """
+    service = fs.service_client
+    service._config.retry_policy.total_retries = 0
+    connection = service._pipeline._transport.connection_config
+    connection.timeout, connection.read_timeout = CONNECT_TIMEOUT_S, READ_TIMEOUT_S

@@ -16,6 +16,7 @@ from typing import BinaryIO, TypeVar
 from pipeline.errors import AlreadyExistsError, ConfigError, NotFoundError, StorageError
 from pipeline.storage import _local
 from pipeline.storage._backend import Backend, checked_url, modified
+from pipeline.storage._driver import send
 from pipeline.storage._retry import (
     BrokenAnswerError,
     is_not_implemented,
@@ -115,7 +116,8 @@ class Store:
         if self._backend.is_local:
             self._try("write", path, lambda: _local.write(full, data))
         else:
-            self._try("write", path, lambda: self._backend.fs.pipe_file(full, data))
+            size = len(data)
+            self._try("write", path, lambda: self._send("pipe_file", full, data, num_bytes=size))
 
     def put_once(self, path: str, data: bytes) -> None:
         """Create an object if none is there, so that of all writers exactly one succeeds.
@@ -152,8 +154,9 @@ class Store:
             return
 
         def upload() -> None:
-            self._backend.fs.put_file(local_path, full)
-            sent, stored = os.path.getsize(local_path), self._backend.fs.info(full)["size"]
+            sent = os.path.getsize(local_path)
+            self._send("put_file", local_path, full, num_bytes=sent)
+            stored = self._backend.fs.info(full)["size"]
             if sent != stored:
                 raise BrokenAnswerError(f"sent {sent} bytes, the store has {stored}")
 
@@ -273,11 +276,11 @@ class Store:
             )
 
     def _create_remote(self, path: str, data: bytes) -> None:
-        full, fs = self._full(path), self._backend.fs
+        full, size = self._full(path), len(data)
         # Some S3 servers honour the condition for single-part uploads only.
-        options = {"chunksize": max(len(data), 1)} if self._backend.is_s3 else {}
+        options = {"chunksize": max(size, 1)} if self._backend.is_s3 else {}
         try:
-            fs.pipe_file(full, data, mode="create", **options)
+            self._send("pipe_file", full, data, num_bytes=size, mode="create", **options)
         except store_errors() as err:
             refused = isinstance(err, FileExistsError)
             # s3fs gives EINVAL for a failed condition whose answer does not name it.
@@ -297,6 +300,9 @@ class Store:
         if stored != data:
             message = f"cannot create {self.url_of(path)}: it exists already"
             raise AlreadyExistsError(message) from err
+
+    def _send(self, operation: str, *args: object, num_bytes: int, **options: object) -> None:
+        send(self._backend.fs, operation, *args, num_bytes=num_bytes, **options)
 
     def _full(self, path: str) -> str:
         parts = path.split("/") if path else []
