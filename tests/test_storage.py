@@ -58,7 +58,7 @@ def test_of_several_racing_processes_exactly_one_wins_each_key(local):
         process.stdin.write("go\n")
         process.stdin.flush()
 
-    won = [process.communicate(timeout=60)[0].split() for process in processes]
+    won = [process.communicate(timeout=200)[0].split() for process in processes]
 
     assert sorted(sum(map(Counter, won), Counter()).items()) == sorted(
         (f"k{key}", 1) for key in range(20)
@@ -254,6 +254,14 @@ def test_a_missing_driver_names_the_extra_to_install(monkeypatch, url, extra):
 def test_a_url_that_cannot_be_used_is_refused(url, message):
     with pytest.raises(ConfigError, match=message):
         open_store(url)
+
+
+def test_a_store_without_any_credentials_is_a_configuration_error(monkeypatch):
+    for name in [name for name in os.environ if name.startswith("AZURE_")]:
+        monkeypatch.delenv(name)
+
+    with pytest.raises(ConfigError, match=r"cannot open az://b/c: .*see docs/stores\.md"):
+        open_store("az://b/c").check_writable()
 
 
 @pytest.mark.parametrize(

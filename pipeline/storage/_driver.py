@@ -80,10 +80,12 @@ def _botocore_settings() -> dict[str, Any]:
         "read_timeout": READ_TIMEOUT_S,
         "retries": {"mode": "standard", "total_max_attempts": 1},
     }
-    # Some servers send the checksum of the whole object with a part of it. Where it matters the
-    # cache has checksums of its own.
-    if "AWS_RESPONSE_CHECKSUM_VALIDATION" not in os.environ:
-        settings["response_checksum_validation"] = "when_required"
+    # botocore's own choice, `when_supported`, appends checksums to what it sends over TLS, which
+    # older servers refuse (Ceph 16: 411 MissingContentLength), and takes the checksum of a whole
+    # object for that of a part (rclone). The cache has checksums of its own.
+    for name in ("request_checksum_calculation", "response_checksum_validation"):
+        if f"AWS_{name.upper()}" not in os.environ:
+            settings[name] = "when_required"
     return settings
 
 

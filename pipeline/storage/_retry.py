@@ -14,7 +14,7 @@ from pipeline.errors import AlreadyExistsError, NotFoundError, PipelineError, St
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-ATTEMPTS = 8  # pauses of 20 to 36 s in all
+ATTEMPTS = 8  # pauses of 18 to 36 s in all
 PATIENCE_S = 120.0  # no attempt begins later than this after the first
 FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 10.0

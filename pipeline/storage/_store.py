@@ -28,6 +28,7 @@ from pipeline.storage._retry import (
 T = TypeVar("T")
 
 ONCE_BYTES = 32 * 2**20  # every driver sends so much in one request
+UPLOAD_CHUNK_BYTES = 16 * 2**20  # s3fs holds up to ten of these while it uploads a file
 _BUFFER_BYTES = 256 * 1024
 _memory_lock = threading.Lock()
 
@@ -153,9 +154,11 @@ class Store:
             self._try("write", path, lambda: _local.copy(local_path, full))
             return
 
+        options = {"chunksize": UPLOAD_CHUNK_BYTES} if self._backend.is_s3 else {}
+
         def upload() -> None:
             sent = os.path.getsize(local_path)
-            self._send("put_file", local_path, full, num_bytes=sent)
+            self._send("put_file", local_path, full, num_bytes=sent, **options)
             stored = self._backend.fs.info(full)["size"]
             if sent != stored:
                 raise BrokenAnswerError(f"sent {sent} bytes, the store has {stored}")

@@ -8,7 +8,7 @@ folder=${1:?a folder for what npm installs}
 export DEBIAN_FRONTEND=noninteractive
 apt-get update -q
 apt-get install -q -y --no-install-recommends \
-    radosgw ceph-mon ceph-osd ceph-common \
+    radosgw ceph-mon ceph-osd ceph-common openssl \
     swift-proxy swift-account swift-container swift-object memcached
 command -v npm >/dev/null || apt-get install -q -y --no-install-recommends nodejs npm
 mkdir -p "$folder"

@@ -19,7 +19,7 @@ from tests.servers.process import (
 )
 
 ACCESS_KEY, SECRET_KEY = "TESTACCESS", "testsecret123"
-_PROGRAMS = ("radosgw", "radosgw-admin", "ceph-mon", "ceph-osd", "ceph", "monmaptool")
+_PROGRAMS = ("radosgw", "radosgw-admin", "ceph-mon", "ceph-osd", "ceph", "monmaptool", "openssl")
 
 # One copy of everything, few placement groups, no waiting for companions. `crc` is what lets the
 # gateway talk to a monitor that asks for no keys; without `tcp_nodelay` each GET costs 40 ms. With
@@ -67,7 +67,8 @@ mon_warn_on_insecure_global_id_reclaim_allowed = false
 [client.rgw]
 ms_mon_client_mode = crc
 rgw_data = {folder}/rgw
-rgw_frontends = beast endpoint=127.0.0.1:{port} tcp_nodelay=1
+rgw_frontends = beast endpoint=127.0.0.1:{port} ssl_endpoint=127.0.0.1:{tls_port} \
+    ssl_certificate={folder}/cert.pem ssl_private_key={folder}/key.pem tcp_nodelay=1
 rgw_override_bucket_index_max_shards = 1
 rgw_cache_enabled = false
 rgw_enable_usage_log = false
@@ -84,11 +85,12 @@ class Radosgw:
 
     Attributes:
         port: of the gateway, on loopback; the same after a restart.
+        tls_port: the same behind TLS.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.port, self._v1, self._v2 = free_ports(3)
+        self.port, self.tls_port, self._v1, self._v2 = free_ports(4)
         self._daemons: list[ServerProcess] = []
         self._gateway: ServerProcess | None = None
 
@@ -97,7 +99,7 @@ class Radosgw:
         if missing:
             raise MissingServerError(
                 f"{', '.join(missing)} not found; on Debian: apt-get install "
-                "--no-install-recommends radosgw ceph-mon ceph-osd ceph-common"
+                "--no-install-recommends radosgw ceph-mon ceph-osd ceph-common openssl"
             )
         try:
             self._start_cluster()
@@ -123,6 +125,11 @@ class Radosgw:
         """The endpoint for clients."""
         return f"http://127.0.0.1:{self.port}"
 
+    @property
+    def tls_url(self) -> str:
+        """The endpoint for clients behind TLS, with a certificate that `environment` names."""
+        return f"https://127.0.0.1:{self.tls_port}"
+
     def environment(self, endpoint: str = "") -> Mapping[str, str]:
         """Return what a client's environment must hold.
 
@@ -135,6 +142,7 @@ class Radosgw:
             "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
             "AWS_DEFAULT_REGION": "us-east-1",
             "AWS_EC2_METADATA_DISABLED": "true",
+            "AWS_CA_BUNDLE": str(self.folder / "cert.pem"),
         }
 
     def create_bucket(self) -> str:
@@ -177,8 +185,9 @@ class Radosgw:
         for name in ("mon", "osd", "rgw", "run", "log"):
             (self.folder / name).mkdir()
         fsid = str(uuid.uuid4())
-        places = {"folder": self.folder, "port": self.port, "v1": self._v1, "v2": self._v2}
-        self._config.write_text(_CONFIG.format(fsid=fsid, **places))
+        ports = {"port": self.port, "tls_port": self.tls_port, "v1": self._v1, "v2": self._v2}
+        self._config.write_text(_CONFIG.format(fsid=fsid, folder=self.folder, **ports))
+        self._make_certificate()
         monmap = str(self.folder / "monmap")
         address = f"[v2:127.0.0.1:{self._v2},v1:127.0.0.1:{self._v1}]"
         self._do("monmaptool", "--create", "--fsid", fsid, "--addv", "a", address, monmap)
@@ -193,13 +202,22 @@ class Radosgw:
             *(f"--access-key={ACCESS_KEY}", f"--secret={SECRET_KEY}", "-n", "client.rgw"),
         )
 
+    def _make_certificate(self) -> None:
+        files = ("-keyout", str(self.folder / "key.pem"), "-out", str(self.folder / "cert.pem"))
+        kind = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
+        names = ("-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1")
+        self._run("openssl", "req", "-x509", "-days", "3", *kind, *files, *names)
+
     def _daemon(self, *command: str) -> None:
         log = self.folder / "log" / f"{command[0]}.out"
         self._daemons.append(ServerProcess([*command, "-c", str(self._config)], log=log))
 
     def _do(self, *command: str) -> None:
+        self._run(*command, "-c", str(self._config))
+
+    def _run(self, *command: str) -> None:
         done = subprocess.run(
-            [*command, "-c", str(self._config)],
+            command,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
