@@ -60,6 +60,15 @@ _ORIENTATION_TAG = 0x0112
 _XMP_ORIENTATION = re.compile(r'tiff:Orientation(?:="|>)([0-9])')
 
 
+MAX_SCANS = 100  # of a JPEG; encoders write 10 or so
+LARGE_SCANS = 16  # of one at the limit of pixels; a scan of few bytes costs as much as any
+MAX_PIECES = 1 << 16  # chunks of a PNG, segments and bytes of padding of a JPEG
+
+_SCAN = b"\xff\xda"
+_PADDING = re.compile(rb"\xff+")
+_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # in coded data; no stuffing, no restart
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecodeOptions:
     """How images are decoded.
@@ -91,15 +100,18 @@ def decode_image(
 
     Raises:
         DecodeError: with `reason` `empty_image` (no bytes), `not_an_image` (another format, or
-            no image), `too_many_pixels`, or `corrupt_image` (damaged or cut off). A JPEG whose
-            bytes are altered but complete may pass: the format holds no checksum.
+            no image), `too_many_pixels`, `too_many_pieces` (built to keep a decoder busy), or
+            `corrupt_image` (damaged or cut off). A JPEG whose bytes are altered but complete may
+            pass: the format holds no checksum.
     """
     limits = options or DecodeOptions()
     if not data:
         raise DecodeError(f"{key}: image has no bytes", key=key, reason="empty_image")
     try:
+        _check_pieces(data, key)
         with _open(data, key) as image:
             _check_size(image, key=key, max_pixels=limits.max_pixels)
+            _check_scans(data, image.size, key=key, max_pixels=limits.max_pixels)
             image.load()
             return np.array(_upright(_to_rgb(image), _orientation(image)), dtype=np.uint8)
     except Image.DecompressionBombError as err:  # the WebP plug-in's own limit
@@ -142,6 +154,68 @@ def _check_size(image: Image.Image, *, key: str, max_pixels: int) -> None:
     if width * height > max_pixels:
         message = f"{key}: image of {width} x {height} pixels exceeds max_pixels={max_pixels}"
         raise DecodeError(message, key=key, reason="too_many_pixels")
+
+
+def _check_pieces(data: bytes, key: str) -> None:
+    """Refuse what has so many small pieces that walking through them takes long."""
+    if data.startswith(b"\xff\xd8\xff"):
+        num_pieces = _count_segments(data)
+    elif data.startswith(b"\x89PNG\r\n\x1a\n"):
+        num_pieces = _count_chunks(data)
+    else:
+        return
+    if num_pieces > MAX_PIECES:
+        message = f"{key}: image of more than {MAX_PIECES} chunks or segments"
+        raise DecodeError(message, key=key, reason="too_many_pieces")
+
+
+def _count_chunks(data: bytes) -> int:
+    """Return the number of chunks of a PNG, or one that is too many."""
+    place, count = 8, 0
+    while place + 8 <= len(data) and count <= MAX_PIECES:
+        place += 12 + int.from_bytes(data[place : place + 4], "big")
+        count += 1
+    return count
+
+
+def _count_segments(data: bytes) -> int:
+    """Return the number of segments of a JPEG before its first scan, and of its padding bytes."""
+    place, count = 2, 0
+    while place + 4 <= len(data) and count <= MAX_PIECES:
+        padding = _PADDING.match(data, place)
+        if padding is None:
+            place, count = place + 1, count + 1
+            continue
+        count += padding.end() - place
+        place = padding.end()
+        marker = data[place : place + 1]
+        if marker == b"\xda":
+            break
+        is_alone = marker in (b"\x00", b"\x01", b"\xd8") or b"\xd0" <= marker <= b"\xd7"
+        place += 1 if is_alone else 1 + int.from_bytes(data[place + 1 : place + 3], "big")
+    return count
+
+
+def _check_scans(data: bytes, size: tuple[int, int], *, key: str, max_pixels: int) -> None:
+    """Refuse a JPEG that is drawn over and over: each scan goes through all pixels."""
+    allowed = min(MAX_SCANS, LARGE_SCANS * max(MAX_PIXELS, max_pixels) // (size[0] * size[1]))
+    # Counted properly only where it may matter: a search for two bytes costs nothing.
+    if not data.startswith(b"\xff\xd8\xff") or data.count(_SCAN) <= allowed:
+        return
+    num_scans = _count_scans(data)
+    if num_scans > allowed:
+        width, height = size
+        message = f"{key}: image of {width} x {height} pixels in {num_scans} scans"
+        raise DecodeError(message, key=key, reason="too_many_pieces")
+
+
+def _count_scans(data: bytes) -> int:
+    """Return the number of scans up to the end of the first image in a JPEG."""
+    count, place = 0, 2
+    while (found := _MARKER.search(data, place)) and found.group() != b"\xff\xd9":
+        count += found.group() == _SCAN
+        place = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
+    return count
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

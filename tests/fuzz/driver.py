@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 HANG_S = 120.0  # without a new input; the slowest takes a second on a quiet machine
-BATCH = 1000
+BATCH = 2500
 
 
 @dataclass(kw_only=True)

@@ -30,7 +30,7 @@ def main() -> None:
     faulthandler.enable()
     name, *numbers = sys.argv[1:]
     seed, first, count = map(int, numbers)
-    target = TARGETS[name]()
+    target = _target(name)
     _limit_memory(target.memory_bytes)
     outcomes: Counter[str] = Counter()
     broken: list[tuple[int, str]] = []
@@ -43,6 +43,14 @@ def main() -> None:
         slowest = max(slowest, (time.monotonic() - started, number))
     result = {"outcomes": outcomes, "broken": broken, "slowest": slowest}
     os.write(1, json.dumps(result).encode() + b"\n")
+
+
+def _target(name: str) -> Target:
+    if name in TARGETS:
+        return TARGETS[name]()
+    from tests.fuzz.test_fuzz import Faulty  # a target with faults, to test this very process
+
+    return Faulty()
 
 
 def _try(target: Target, seed: int, number: int, broken: list[tuple[int, str]]) -> str:
