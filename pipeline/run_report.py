@@ -11,22 +11,16 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import BaseModel, FiniteFloat, ValidationError
 
-from pipeline.cache import layout
+from pipeline.cache import layout, parquet
 from pipeline.cache.commit import Commit
 from pipeline.errors import CacheFormatError, ExitCode, NotFoundError
 from pipeline.storage import Store
 
 SUMMARY_FILE, FAILURES_FILE = "summary.json", "failures.parquet"
 
-_FAILURES_SCHEMA = pa.schema(
-    [
-        pa.field("shard", pa.string(), nullable=False),
-        pa.field("reason", pa.string(), nullable=False),
-        pa.field("message", pa.string(), nullable=False),
-        pa.field("attempts", pa.int32(), nullable=False),
-    ]
-)
+_FAILURES_SCHEMA = layout.FAILURES_SCHEMA
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -145,6 +139,33 @@ class RunReport:
             store.put(layout.run_path(self.run_id, FAILURES_FILE), sink.getvalue())
 
 
+class _Shards(BaseModel):
+    committed: int
+    failed: int
+    not_started: int
+
+
+class _Summary(BaseModel):
+    """What is read again of a summary."""
+
+    run_id: str
+    exit_code: int
+    shards: _Shards
+    images: int
+    bytes_in: int
+    bytes_tokens: int
+    seconds: FiniteFloat
+    images_per_second: FiniteFloat
+
+
+def _fits(summary: Mapping[str, Any]) -> bool:
+    try:
+        _Summary.model_validate(summary, strict=True)
+    except ValidationError:
+        return False
+    return True
+
+
 def read_summaries(store: Store) -> Iterator[Mapping[str, Any]]:
     """Yield what `RunReport.save` wrote of each run, the newest first; reads one at a time.
 
@@ -160,9 +181,9 @@ def read_summaries(store: Store) -> Iterator[Mapping[str, Any]]:
             summary = json.loads(store.read(path))
         except NotFoundError:
             continue
-        except (json.JSONDecodeError, UnicodeDecodeError) as err:
+        except (ValueError, RecursionError) as err:  # also of bytes that are no text
             raise CacheFormatError(f"{store.url}/{path} is damaged: {err}") from err
-        if not isinstance(summary, dict) or not known <= summary.keys():
+        if not isinstance(summary, dict) or not known <= summary.keys() or not _fits(summary):
             raise CacheFormatError(f"{store.url}/{path} is damaged: it is no summary of a run")
         if summary["run_id"] != run_id:
             raise CacheFormatError(f"{store.url}/{path} is of run {summary['run_id']!r}")
@@ -175,4 +196,6 @@ def read_failures(store: Store, run_id: str) -> Mapping[str, int]:
         content = store.read(layout.run_path(run_id, FAILURES_FILE))
     except NotFoundError:
         return {}
-    return Counter(pq.read_table(io.BytesIO(content), columns=["reason"])["reason"].to_pylist())
+    where = store.url_of(layout.run_path(run_id, FAILURES_FILE))
+    table = parquet.read_table(content, layout.FAILURES_SCHEMA, where=where)
+    return Counter(table["reason"].to_pylist())

@@ -17,7 +17,6 @@ from pipeline.decode import DecodeOptions, decode_image
 from pipeline.errors import DecodeError
 
 RGB = Image.fromarray(np.arange(24 * 32 * 3, dtype=np.uint8).reshape(24, 32, 3))
-GIB = 1 << 30
 
 
 def encode(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -43,7 +42,7 @@ def zeros(num_bytes: int, level: int = 9) -> bytes:
 
 
 PIXELS = chunk(b"IDAT", zlib.compress(bytes(4 * (1 + 12))))
-BOMB = zeros(200 << 20)
+BOMB = zeros(150 << 20)
 
 
 def outcome(data: bytes) -> str:
@@ -116,7 +115,7 @@ def progressive(size: int, num_scans: int) -> bytes:
 def test_a_jpeg_of_thousands_of_scans_is_refused_before_one_is_drawn() -> None:
     data = progressive(4000, 50_000)  # a minute and more, if all were drawn
 
-    with pytest.raises(DecodeError, match="16000000|4000 x 4000 pixels in 500") as caught:
+    with pytest.raises(DecodeError, match="4000 x 4000 pixels in 500") as caught:
         decode_image(data, key="k")
 
     assert caught.value.reason == "too_many_pieces"

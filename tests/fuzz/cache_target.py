@@ -18,6 +18,7 @@ from pipeline.cache.verify import find_damage
 from pipeline.carved_cache import CarvedCache
 from pipeline.errors import KeyNotFoundError, PipelineError
 from pipeline.run_report import FailedShard, RunReport
+from pipeline.status import read_status, status_lines
 from pipeline.storage import Store, open_store
 from pipeline.types import RejectedSample
 from tests.cache.rows import (
@@ -77,7 +78,7 @@ class CacheTarget(Target):
         return refused[0] if refused else "right"
 
     def _ways(self) -> list[Callable[[CarvedCache], None]]:
-        return [self._read_by_key, self._scan, self._iterate, self._verify]
+        return [self._read_by_key, self._scan, self._iterate, self._verify, self._look]
 
     def _read_by_key(self, cache: CarvedCache) -> None:
         found = list(cache.keys())
@@ -105,6 +106,10 @@ class CacheTarget(Target):
     def _verify(self, cache: CarvedCache) -> None:
         for line in find_damage(cache.reader):
             expect("\n" not in line, line)
+
+    def _look(self, _: CarvedCache) -> None:
+        """What `carve status` does; any answer will do."""
+        expect(all("\n" not in line for line in status_lines(read_status(self.store), "u")), "line")
 
 
 def expect(is_so: bool, what: str) -> None:
