@@ -6,14 +6,15 @@ attempt at work, and nothing in the store tells these apart but age.
 """
 
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline.cache import layout
 from pipeline.cache.commit import list_records, read_commits, read_identity
 from pipeline.cache.fetch import in_order
-from pipeline.cache.snapshot import list_snapshots, read_snapshot
+from pipeline.cache.reader import SnapshotReader
+from pipeline.cache.snapshot import latest_snapshot, list_snapshots, read_snapshot
 from pipeline.errors import StorageError
 from pipeline.storage import Entry, Store
 
@@ -95,7 +96,7 @@ def group_attempts(entries: Iterable[Entry]) -> dict[str, list[Entry]]:
     attempts: dict[str, list[Entry]] = defaultdict(list)
     for entry in entries:
         if entry.path.startswith(f"{layout.DATA}/") and not entry.is_temporary:
-            attempts["/".join(entry.path.split("/")[:3])].append(entry)
+            attempts[_attempt_of(entry.path)].append(entry)
     return attempts
 
 
@@ -109,22 +110,20 @@ def without_commit(
         attempts: of a listing.
         records: of a later one, from `list_records`; only those that leave a doubt are read.
     """
+    # The latest snapshot tells of most. Counting would not do: a record of an empty shard names
+    # no folder.
+    latest = latest_snapshot(store) if attempts else None
+    parts = SnapshotReader(store=store, snapshot=latest).files if latest is not None else []
+    named = {_attempt_of(path) for path in parts}
     shards = {r.path: p[0] for r in records if (p := layout.parse_commit_path(r.path))}
-    num_records = Counter(shards.values())
-    num_attempts = Counter(_shard_of(path) for path in attempts)
-    # The files of an attempt are there before its record: as many attempts as records, all named.
-    doubted = {shard for shard, count in num_attempts.items() if count != num_records[shard]}
-    read = read_commits(store, [r for r in records if shards[r.path] in doubted])
-    named = {layout.attempt_path(commit.shard_id, commit.attempt) for commit in read}
+    doubted = {path.split("/")[1] for path in attempts.keys() - named}
+    for commit in read_commits(store, [r for r in records if shards[r.path] in doubted]):
+        named.add(layout.attempt_path(commit.shard_id, commit.attempt))
     return [
         Garbage(path=path, entries=entries, reason="no commit names this attempt")
         for path, entries in sorted(attempts.items())
-        if _shard_of(path) in doubted and path not in named
+        if path not in named
     ]
-
-
-def _shard_of(attempt_path: str) -> str:
-    return attempt_path.split("/")[1]
 
 
 def _tables(entries: Iterable[Entry]) -> list[Entry]:
@@ -136,6 +135,10 @@ def _tables(entries: Iterable[Entry]) -> list[Entry]:
         and not entry.path.endswith("/snapshot.json")
         and not entry.is_temporary
     ]
+
+
+def _attempt_of(path: str) -> str:
+    return "/".join(path.split("/")[:3])
 
 
 def _published(store: Store) -> set[str]:

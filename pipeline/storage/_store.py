@@ -44,7 +44,7 @@ class Entry:
 
     @property
     def is_temporary(self) -> bool:
-        """Tell what a writer to a local store had not finished."""
+        """Tell what a writer had not finished."""
         return self.path.endswith(_local.TEMPORARY_SUFFIX)
 
 
@@ -170,7 +170,7 @@ class Store:
 
         Args:
             prefix: the folder; nothing is given if it does not exist.
-            temporary: give also what killed writers left on a local store.
+            temporary: give also what killed writers left.
         """
         full, root = self._full(prefix), self._backend.path
         infos = self._try("list", prefix, lambda: self._backend.fs.find(full, detail=True))
@@ -253,7 +253,9 @@ class Store:
         Raises:
             ConfigError: they cannot, or the store ignores put-if-absent.
         """
-        probe, first, second = f".carve-probe-{uuid.uuid4().hex}", b"first", b"second"
+        # Should this process be killed, it is one more thing that a writer left unfinished.
+        probe = f".carve-probe-{uuid.uuid4().hex}{_local.TEMPORARY_SUFFIX}"
+        first, second = b"first", b"second"
         try:
             self.put_once(probe, first)
             try:

@@ -16,6 +16,7 @@ from pipeline.cli import app
 from pipeline.errors import CacheFormatError, StorageError
 from pipeline.storage import Entry, Store, open_store
 from pipeline.storage._local import TEMPORARY_SUFFIX
+from tests.cache.counting import CountingStore
 from tests.cache.rows import IDENTITY, commit_rows, make_commit, make_row, make_writer
 
 DAY = 86400.0
@@ -73,6 +74,42 @@ def test_attempts_without_a_record_go_and_those_with_one_stay(store: Store) -> N
     assert contents(store) == whole
     assert all(store.exists(file.path) for commit in kept for file in commit.files)
     assert found(store) == set()
+
+
+def test_an_attempt_goes_though_its_shard_was_committed_empty(store: Store) -> None:
+    """As many records as attempts, and yet the record is not of this attempt: it has no files."""
+    commit_rows(store, "a", [])
+    build_snapshot(store)
+    orphan = attempt(store, "a")
+
+    assert found(store) == {f"data/a/{orphan.attempt}"}
+
+
+def test_what_the_latest_snapshot_names_is_known_without_reading_its_record(store: Store) -> None:
+    for shard in ("a", "b", "c"):
+        commit_rows(store, shard, [make_row(shard)])
+    build_snapshot(store)
+    commit_rows(store, "d", [make_row("d")])
+    orphan = attempt(store, "b")
+
+    counting = CountingStore(store.url)
+
+    assert found(counting) == {f"data/b/{orphan.attempt}"}
+    # Of the shard that has an attempt too many, and of the one that no snapshot covers yet.
+    assert counting.reads["commits"] == 2
+
+
+def test_the_probe_of_a_killed_run_goes(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = contents(store)
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "delete", lambda *_: None)  # it did not come to that
+        store.check_writable()
+
+    (probe,) = contents(store) - whole
+    assert found(store) == {probe}
+    clear(store)
+
+    assert contents(store) == whole
 
 
 def test_an_overtaken_commit_keeps_its_files(store: Store) -> None:
