@@ -96,7 +96,7 @@ def page(storms: Storms, run: str) -> Iterator[str]:
     yield from _machine(run)
     yield ""
     yield (
-        "A storm is one to three phases of one or two real runs (`jobs/carve_dataset.py`) at once "
+        "A storm is one or two phases of one or two real runs (`jobs/carve_dataset.py`) at once "
         "on one cache, on a Ray cluster of two nodes, hurt at moments drawn from its seed; between "
         "phases shards are added, changed, put back and removed. Then one run is left alone. What "
         "it leaves must hold, bit for bit, every row that the same shards give when carved with no "

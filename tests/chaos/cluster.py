@@ -28,6 +28,8 @@ _SYSTEM = {
     "health_check_failure_threshold": 3,
     "enable_worker_prestart": False,
     "prestart_worker_first_driver": False,
+    # Ray makes workers yield to everybody else; on a busy machine they would hardly start.
+    "worker_niceness": 0,
 }
 
 

@@ -68,17 +68,17 @@ def draw_storm(seed: int, store: Store, *, is_short: bool = False) -> StormPlan:
     Args:
         seed: any whole number.
         store: where corpus and cache are.
-        is_short: of one phase; else of one to three.
+        is_short: of one phase; else of one or two.
     """
     rng = random.Random(f"{seed} {store} {is_short}")
     first = tuple(sorted(rng.sample(SHARDS, rng.randint(11, 14))))
     history = {shard: [0] for shard in first}
     phases = []
-    for number in range(1 if is_short else rng.choice((1, 2, 2, 3))):
+    for number in range(1 if is_short else rng.choice((1, 1, 2, 2))):
         phases.append(
             Phase(
                 changes=draw_changes(rng, history) if number else (),
-                num_jobs=2 if rng.random() < 0.35 else 1,
+                num_jobs=2 if rng.random() < 0.3 else 1,
                 faults=_draw_faults(rng, store, is_short=is_short),
                 pause_s=rng.choice((0.02, 0.03, 0.05)),
             )

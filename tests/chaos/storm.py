@@ -19,7 +19,7 @@ from tests.chaos.strike import Strike
 from tests.chaos.world import RUN_S, World
 
 _POLL_S = 0.01
-_EXIT_CODES = {0, 2, 3, 4, 75, -signal.SIGKILL}
+_EXIT_CODES = {0, 2, 3, 4, 75, -signal.SIGKILL, -signal.SIGTERM}
 _ACTORS_PER_RUN = 2
 
 

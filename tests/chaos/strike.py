@@ -56,7 +56,9 @@ class Strike:
         if run is None or not run.send(signal.SIGTERM):
             return None
         code = run.wait(RUN_S)
-        assert code in _AFTER_SIGTERM, f"{run.name} ended with {code} after SIGTERM"
+        # With all said and done, the signal may find a process that is about to end anyway.
+        is_over = code == -signal.SIGTERM and "shards committed" in run.output
+        assert is_over or code in _AFTER_SIGTERM, f"{run.name} ended with {code} after SIGTERM"
         return True
 
     def _kill_node(self) -> bool | None:

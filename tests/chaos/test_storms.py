@@ -17,7 +17,7 @@ SHORT = [
     *(draw_storm(seed, "local", is_short=True) for seed in (12, 13, 18)),
     *(draw_storm(seed, "s3", is_short=True) for seed in (14, 30)),
 ]
-NUM_LONG = 22  # on each store
+NUM_LONG = 21  # on each store
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
