@@ -3,7 +3,7 @@
     python benchmarks/chaos.py --log FOLDER
 
 The storms are those of `pytest -m chaos`, on a local disk and on Ceph's S3 gateway at once, each
-with a Ray cluster of its own. It needs what the tests need; `tests/servers/install.sh` installs the
+worker with a Ray cluster of its own. It needs what the tests need; `tests/servers/install.sh` installs the
 gateway. Exits with 1, and writes no page, if a storm was not survived.
 """
 
@@ -24,6 +24,10 @@ import psutil
 from hardware import processor
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tests.chaos.plan import NUM_LONG  # noqa: E402  (the tests are no package that is installed)
+
 PAGE = ROOT / "benchmarks" / "chaos.md"
 STORES = {"local": "local disk", "s3": "radosgw"}
 _FAULTS = {
@@ -46,12 +50,18 @@ Storms = Mapping[str, Sequence[Mapping[str, Any]]]  # what each was like, by sto
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--log", type=Path, required=True, help="folder for what storms were like")
+    parser.add_argument("--workers", type=int, default=1, help="storms at once on each store")
     parser.add_argument("--seed", type=int, action="append", help="these storms alone; no page")
     arguments = parser.parse_args()
     arguments.log.mkdir(parents=True, exist_ok=True)
     started, load = time.time(), os.getloadavg()[0]
-    codes = [process.wait() for process in [_start(s, arguments) for s in STORES]]
-    storms = {store: list(_read(arguments.log / f"{store}.jsonl")) for store in STORES}
+    seeds = arguments.seed or list(range(1, NUM_LONG + 1))
+    shares = [
+        (s, w, seeds[w :: arguments.workers]) for s in STORES for w in range(arguments.workers)
+    ]
+    processes = [_start(arguments.log, *share) for share in shares if share[2]]
+    codes = [process.wait() for process in processes]
+    storms = {store: _read(arguments.log, store) for store in STORES}
     lost = [storm for known in storms.values() for storm in known if storm["error"]]
     for storm in lost:
         print(f"seed {storm['seed']} on {storm['store']}: {storm['error']}")
@@ -64,24 +74,26 @@ def main() -> None:
         PAGE.write_text("\n".join(page(storms, run)) + "\n")
 
 
-def _start(store: str, arguments: argparse.Namespace) -> subprocess.Popen[bytes]:
-    log = arguments.log / f"{store}.jsonl"
+def _start(folder: Path, store: str, worker: int, seeds: Sequence[int]) -> subprocess.Popen[bytes]:
+    log = folder / f"{store}-{worker}.jsonl"
     log.unlink(missing_ok=True)
-    seeds = [f"--seed={seed}" for seed in arguments.seed or ()]
-    command = ["pytest", "-m", "chaos", "tests/chaos", "-k", store, f"--storm-log={log}", *seeds]
-    with (arguments.log / f"{store}.log").open("w") as said:
+    chosen = [f"--seed={seed}" for seed in seeds]
+    command = ["pytest", "-m", "chaos", "tests/chaos", "-k", store, f"--storm-log={log}", *chosen]
+    with log.with_suffix(".log").open("w") as said:
         return subprocess.Popen(
             [sys.executable, "-m", *command],
             cwd=ROOT,
-            env={**os.environ, "CARVE_TEST_SERVERS": "required"},
+            env={**os.environ, "PYTHONPATH": str(ROOT), "CARVE_TEST_SERVERS": "required"},
             stdout=said,
             stderr=subprocess.STDOUT,
         )
 
 
-def _read(log: Path) -> Iterator[dict[str, Any]]:
-    for line in log.read_text().splitlines():
-        yield json.loads(line)
+def _read(folder: Path, store: str) -> list[dict[str, Any]]:
+    lines = [
+        line for log in folder.glob(f"{store}-*.jsonl") for line in log.read_text().split("\n")
+    ]
+    return sorted((json.loads(line) for line in lines if line), key=lambda storm: storm["seed"])
 
 
 def page(storms: Storms, run: str) -> Iterator[str]:

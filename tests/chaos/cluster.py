@@ -103,7 +103,7 @@ class TwoNodes:
         command = [
             *(str(RAY), "start", "--block", "--node-ip-address=127.0.0.1", *options),
             *(f"--num-cpus={_CPUS}", "--num-gpus=0", "--object-store-memory=100000000"),
-            *(f"--temp-dir={self.folder}", "--disable-usage-stats"),
+            *(f"--temp-dir={self.folder}", "--disable-usage-stats", "--include-log-monitor=false"),
             *(f"--dashboard-agent-listen-port={agent}", f"--metrics-export-port={metrics}"),
             *(f"--min-worker-port={first}", f"--max-worker-port={first + _PORTS[1] - 1}"),
         ]

@@ -9,6 +9,9 @@ from tests.chaos.corpus import SHARDS, Change, draw_changes
 
 Store = Literal["local", "s3"]
 
+NUM_LONG = 21
+"""Storms of the long run on each store: of the seeds from 1 on."""
+
 PROCESS_FAULTS = ("kill_actor", "kill_driver", "stop_driver", "kill_node")
 STORE_FAULTS = ("refuse", "black_hole", "slow_down", "lose_replies", "cut_requests", "kill_gateway")
 _ENDINGS = ("kill_driver", "stop_driver")  # faults after which a run is over

@@ -8,6 +8,7 @@ from tests.chaos import inspection
 from tests.chaos.cluster import wait_for
 from tests.chaos.raw import RawFolder
 
+_POLL_S = 0.01
 _GATE_S = 60.0  # then those actors begin that are there
 
 
@@ -22,12 +23,20 @@ class Sight:
 
     def __init__(self, cache: RawFolder, todo: int, gate: Path) -> None:
         self._cache, self.todo, self.gate = cache, todo, gate
+        self._took_s = 0.0
         self._before = {kind: self._see(kind) for kind in ("commits", "attempts")}
         gate.mkdir()
 
     def count(self, kind: str) -> int:
         """Return how many commits or attempts there are more than at first."""
-        return len(self._see(kind) - self._before[kind])
+        started = time.monotonic()
+        seen = self._see(kind)
+        self._took_s = time.monotonic() - started
+        return len(seen - self._before[kind])
+
+    def pause(self) -> None:
+        """Wait before the next look, so that looking slows nobody down."""
+        time.sleep(max(_POLL_S, 2 * self._took_s))
 
     @property
     def is_work_left(self) -> bool:

@@ -18,7 +18,6 @@ from tests.chaos.sight import Sight
 from tests.chaos.strike import Strike
 from tests.chaos.world import RUN_S, World
 
-_POLL_S = 0.01
 _EXIT_CODES = {0, 2, 3, 4, 75, -signal.SIGKILL, -signal.SIGTERM}
 _ACTORS_PER_RUN = 2
 
@@ -117,7 +116,7 @@ class Storm:
         if fault.after != "start":
             wanted = max(1, round(fault.share * sight.todo))
             while sight.count(fault.after) < wanted and any(run.is_alive for run in runs):
-                time.sleep(_POLL_S)
+                sight.pause()
         time.sleep(fault.delay_s)
         self.findings.faults.append(Strike(self.world, fault, sight, runs).strike())
 

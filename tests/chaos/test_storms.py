@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.chaos.plan import PROCESS_FAULTS, STORE_FAULTS, StormPlan, draw_storm, kinds_of
+from tests.chaos.plan import NUM_LONG, PROCESS_FAULTS, STORE_FAULTS, StormPlan, draw_storm, kinds_of
 from tests.chaos.storm import Findings
 
 Rage = Callable[..., Findings]
@@ -17,7 +17,6 @@ SHORT = [
     *(draw_storm(seed, "local", is_short=True) for seed in (12, 13, 18)),
     *(draw_storm(seed, "s3", is_short=True) for seed in (14, 30)),
 ]
-NUM_LONG = 21  # on each store
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
