@@ -3,8 +3,8 @@
     python benchmarks/chaos.py --log FOLDER
 
 The storms are those of `pytest -m chaos`, on a local disk and on Ceph's S3 gateway at once, each
-worker with a Ray cluster of its own. It needs what the tests need; `tests/servers/install.sh` installs the
-gateway. Exits with 1, and writes no page, if a storm was not survived.
+worker with a Ray cluster of its own. It needs what the tests need; `tests/servers/install.sh`
+installs the gateway. Exits with 1, and writes no page, if a storm was not survived.
 """
 
 import argparse
