@@ -11,12 +11,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import psutil
+from ray.exceptions import RayError
 
 from tests.chaos.forge import ENVIRONMENT
 from tests.servers.process import ServerProcess, free_ports, listens
 
 RAY = Path(sys.executable).parent / "ray"
-START_S = 120.0
+START_S = 300.0
 _CPUS = 2  # a node; of the books, not of the machine: two jobs find room at once
 _PORTS = (20000 + os.getpid() % 4000, 100)  # workers: below those that free_ports() gives
 # A killed node is noticed in 1.5 s: nobody answers at its port. One that is only slow has 6 s to
@@ -116,7 +117,8 @@ class TwoNodes:
     def _num_alive(self) -> int:
         from ray._raylet import GcsClient
 
-        with contextlib.suppress(RuntimeError, OSError):
+        # It may not answer yet, or for a while where the machine is busy.
+        with contextlib.suppress(RayError, RuntimeError, OSError):
             nodes = GcsClient(address=self.address).get_all_node_info(timeout=10)
             return sum(node.state == 0 for node in nodes.values())
         return 0
