@@ -4,7 +4,8 @@
 
 The storms are those of `pytest -m chaos`, on a local disk and on Ceph's S3 gateway at once, each
 worker with a Ray cluster of its own. It needs what the tests need; `tests/servers/install.sh`
-installs the gateway. Exits with 1, and writes no page, if a storm was not survived.
+installs the gateway. Storms that the folder knows already are not repeated, so that a run may be
+broken off. Exits with 1, and writes no page, if a storm was not survived.
 """
 
 import argparse
@@ -51,15 +52,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--log", type=Path, required=True, help="folder for what storms were like")
     parser.add_argument("--workers", type=int, default=1, help="storms at once on each store")
-    parser.add_argument("--seed", type=int, action="append", help="these storms alone; no page")
     arguments = parser.parse_args()
     arguments.log.mkdir(parents=True, exist_ok=True)
-    started, load = time.time(), os.getloadavg()[0]
-    seeds = arguments.seed or list(range(1, NUM_LONG + 1))
-    shares = [
-        (s, w, seeds[w :: arguments.workers]) for s in STORES for w in range(arguments.workers)
-    ]
-    processes = [_start(arguments.log, *share) for share in shares if share[2]]
+    processes = []
+    for store in STORES:
+        known = {storm["seed"] for storm in _read(arguments.log, store)}
+        seeds = [seed for seed in range(1, NUM_LONG + 1) if seed not in known]
+        shares = [seeds[number :: arguments.workers] for number in range(arguments.workers)]
+        processes += [_start(arguments.log, store, n, s) for n, s in enumerate(shares) if s]
     codes = [process.wait() for process in processes]
     storms = {store: _read(arguments.log, store) for store in STORES}
     lost = [storm for known in storms.values() for storm in known if storm["error"]]
@@ -67,21 +67,15 @@ def main() -> None:
         print(f"seed {storm['seed']} on {storm['store']}: {storm['error']}")
     if any(codes) or lost:
         sys.exit(1)
-    if not arguments.seed:
-        minutes = (time.time() - started) / 60
-        when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(started))
-        run = f"{when}, {minutes:.0f} minutes; load average {load:.0f} at the start"
-        PAGE.write_text("\n".join(page(storms, run)) + "\n")
+    PAGE.write_text("\n".join(page(storms)) + "\n")
 
 
 def _start(folder: Path, store: str, worker: int, seeds: Sequence[int]) -> subprocess.Popen[bytes]:
-    log = folder / f"{store}-{worker}.jsonl"
-    log.unlink(missing_ok=True)
-    chosen = [f"--seed={seed}" for seed in seeds]
-    command = ["pytest", "-m", "chaos", "tests/chaos", "-k", store, f"--storm-log={log}", *chosen]
-    with log.with_suffix(".log").open("w") as said:
+    log = f"--storm-log={folder / store}.jsonl"
+    command = ["pytest", "-m", "chaos", "tests/chaos", "-k", store, log]
+    with (folder / f"{store}-{worker}.log").open("w") as said:
         return subprocess.Popen(
-            [sys.executable, "-m", *command],
+            [sys.executable, "-m", *command, *(f"--seed={seed}" for seed in seeds)],
             cwd=ROOT,
             env={**os.environ, "PYTHONPATH": str(ROOT), "CARVE_TEST_SERVERS": "required"},
             stdout=said,
@@ -90,13 +84,12 @@ def _start(folder: Path, store: str, worker: int, seeds: Sequence[int]) -> subpr
 
 
 def _read(folder: Path, store: str) -> list[dict[str, Any]]:
-    lines = [
-        line for log in folder.glob(f"{store}-*.jsonl") for line in log.read_text().split("\n")
-    ]
-    return sorted((json.loads(line) for line in lines if line), key=lambda storm: storm["seed"])
+    log = folder / f"{store}.jsonl"
+    lines = log.read_text().splitlines() if log.exists() else []
+    return sorted(map(json.loads, lines), key=lambda storm: storm["seed"])
 
 
-def page(storms: Storms, run: str) -> Iterator[str]:
+def page(storms: Storms) -> Iterator[str]:
     """Yield the lines of the page."""
     every = [storm for known in storms.values() for storm in known]
     yield f"# Chaos: {len(every)} storms survived"
@@ -105,7 +98,7 @@ def page(storms: Storms, run: str) -> Iterator[str]:
     yield ""
     yield "    python benchmarks/chaos.py --log FOLDER"
     yield ""
-    yield from _machine(run)
+    yield from _machine(every)
     yield ""
     yield (
         "A storm is one or two phases of one or two real runs (`jobs/carve_dataset.py`) at once "
@@ -128,7 +121,7 @@ def page(storms: Storms, run: str) -> Iterator[str]:
     yield from _endings(storms)
 
 
-def _machine(run: str) -> Iterator[str]:
+def _machine(storms: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     cores, memory = os.cpu_count(), psutil.virtual_memory().total / 2**30
     system = os.uname()
     versions = [f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES]
@@ -139,7 +132,9 @@ def _machine(run: str) -> Iterator[str]:
     yield f"- CPU: {processor()}, {cores} logical cores; memory: {memory:.0f} GiB"
     yield f"- system: {system.sysname} {system.release}, Python {sys.version.split()[0]}"
     yield f"- versions: {', '.join(versions)}"
-    yield f"- {run}; the machine was shared"
+    days = [time.strftime("%Y-%m-%d", time.gmtime(storm["ended_at"])) for storm in storms]
+    minutes = sum(sum(storm["seconds"].values()) for storm in storms) / 60
+    yield f"- {min(days)} to {max(days)}, {minutes:.0f} minutes of storms on a shared machine"
 
 
 def _totals(storms: Storms) -> Iterator[str]:

@@ -17,7 +17,7 @@ from tests.chaos.forge import ENVIRONMENT
 from tests.servers.process import ServerProcess, free_ports, listens
 
 RAY = Path(sys.executable).parent / "ray"
-START_S = 300.0
+START_S = 600.0
 _CPUS = 2  # a node; of the books, not of the machine: two jobs find room at once
 _PORTS = (20000 + os.getpid() % 4000, 100)  # workers: below those that free_ports() gives
 # A killed node is noticed in 1.5 s: nobody answers at its port. One that is only slow has 6 s to

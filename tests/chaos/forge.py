@@ -122,13 +122,13 @@ class Forge:
             self._mother.stdin.write(json.dumps(request) + "\n")
             self._mother.stdin.flush()
             with self._changed:
-                assert self._changed.wait_for(lambda: self._started, timeout=120), "no fork"
+                assert self._changed.wait_for(lambda: self._started, timeout=600), "no fork"
                 pid = self._started.pop()
                 name = " ".join([script.name, *request["args"]])
                 process = self._processes[pid] = Process(pid, log, name)
             return process
 
-    def run(self, script: Path, *args: object, seconds: float = 120, **options: Any) -> Process:
+    def run(self, script: Path, *args: object, seconds: float = 900, **options: Any) -> Process:
         """Start a script and wait for its end."""
         process = self.start(script, *args, **options)
         process.wait(seconds)

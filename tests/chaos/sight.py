@@ -9,7 +9,7 @@ from tests.chaos.cluster import wait_for
 from tests.chaos.raw import RawFolder
 
 _POLL_S = 0.01
-_GATE_S = 60.0  # then those actors begin that are there
+_GATE_S = 120.0  # then those actors begin that are there
 
 
 class Sight:
@@ -55,7 +55,7 @@ class Sight:
             is_late = time.monotonic() > deadline and len(self.loaded()) > 0
             return is_late or len(self.loaded()) >= num_actors()
 
-        wait_for(is_time, what="actors at the gate", seconds=300)
+        wait_for(is_time, what="actors at the gate", seconds=900)
         (self.gate / "open").touch()
 
     def _see(self, kind: str) -> set[str]:

@@ -41,6 +41,7 @@ class Findings:
     is_compared: bool = False  # with the cache of another run on Ray, undisturbed
     error: str | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    ended_at: float = 0.0  # Unix time
 
 
 class Storm:
@@ -89,6 +90,7 @@ class Storm:
             self.findings.error = str(err).splitlines()[0]
             raise AssertionError(f"{err}\n{self._story()}") from err
         finally:
+            self.findings.ended_at = time.time()
             self.world.proxy.heal()
         return self.findings
 

@@ -31,6 +31,7 @@ def name(plan: StormPlan) -> str:
 
 
 @pytest.mark.ray
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("plan", SHORT[1:], ids=name)
 def test_after_a_storm_the_cache_is_as_if_there_had_been_none(plan: StormPlan, rage: Rage) -> None:
     findings = rage(plan)
@@ -39,6 +40,7 @@ def test_after_a_storm_the_cache_is_as_if_there_had_been_none(plan: StormPlan, r
 
 
 @pytest.mark.ray
+@pytest.mark.timeout(1800)
 def test_no_reader_sees_anything_wrong_while_it_rages(rage: Rage) -> None:
     """A reader looks all along, in every storm, and compares each row with the truth."""
     findings = rage(SHORT[0])
@@ -48,7 +50,7 @@ def test_no_reader_sees_anything_wrong_while_it_rages(rage: Rage) -> None:
 
 
 @pytest.mark.chaos
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(3600)
 def test_after_any_storm_the_cache_is_as_if_there_had_been_none(
     long_plan: StormPlan, rage: Rage
 ) -> None:

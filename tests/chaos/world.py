@@ -11,7 +11,7 @@ from tests.chaos.raw import BucketFolder, LocalFolder, RawFolder
 from tests.servers.fault_proxy import FaultProxy
 from tests.servers.radosgw import Radosgw
 
-RUN_S = 300.0  # that a run may take; a machine may be busy
+RUN_S = 900.0  # that a run may take; a machine may be busy
 
 
 @dataclass(kw_only=True)

@@ -12,7 +12,7 @@ from pipeline.encoders import Pixels
 from pipeline.types import VisualTokens
 from tests.fakes import FakeEncoder
 
-_LONGEST_WAIT_S = 240.0
+_LONGEST_WAIT_S = 900.0
 
 
 @dataclass(kw_only=True)
