@@ -23,7 +23,7 @@ from tests.conftest import ROOT
 from tests.encoders.tiny_models import save_llava
 from tests.fakes import write_corpus
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(params=["s3_url", "azure_url"])
@@ -66,7 +66,7 @@ def run(config: Path, url: str) -> subprocess.CompletedProcess[str]:
         env=dict(os.environ),
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=500,
         check=False,
     )
 
