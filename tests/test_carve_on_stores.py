@@ -81,11 +81,11 @@ def test_shards_and_cache_may_both_be_on_the_store(tmp_path: Path, config: Path,
         open_store(url).upload(f"in/{shard.name}", str(shard))
 
     first = run(config, url)
-    again = carve("run", "--config", config, "--input", f"{url}/in", "--output", f"{url}/cache")
-    verified = carve("verify", f"{url}/cache")
-
     assert first.returncode == 0, first.stderr
     assert "3 shards committed, 0 failed" in first.stdout
+
+    again = carve("run", "--config", config, "--input", f"{url}/in", "--output", f"{url}/cache")
+    verified = carve("verify", f"{url}/cache")
     assert again.exit_code == ExitCode.OK, again.output
     assert "nothing to do: all 3 shards are in" in again.output
     assert verified.exit_code == ExitCode.OK, verified.output
