@@ -6,7 +6,7 @@ The same command again carves what is new and does nothing where all is done. Ex
 
 import typer
 
-from pipeline.cli import run
+from pipeline.run_command import run
 
 if __name__ == "__main__":
     typer.run(run)

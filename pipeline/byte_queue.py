@@ -26,6 +26,11 @@ class ByteQueue(Generic[T]):
         self._stopped = False
         self._changed = threading.Condition()
 
+    @property
+    def num_bytes(self) -> int:
+        """What lies in it now."""
+        return self._bytes
+
     def put(self, item: T, num_bytes: int) -> None:
         """Add an item.
 

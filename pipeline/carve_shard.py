@@ -21,12 +21,15 @@ from pipeline.cache.commit import Commit, try_commit
 from pipeline.cache.writer import ShardWriter
 from pipeline.errors import ConfigError, ShardError
 from pipeline.job import Job
+from pipeline.run_log import about
 from pipeline.shard_pipeline import ShardPipeline, Stations, Tally
 from pipeline.source import shard_id
 from pipeline.storage import Store, open_store
 from pipeline.types import ShardRef
 
 logger = logging.getLogger(__name__)
+
+_MAX_LOGGED = 5  # rejected samples of a shard; all of them are in its errors.parquet
 
 
 class ShardCarver:
@@ -59,6 +62,7 @@ class ShardCarver:
             packers=ThreadPoolExecutor(num_threads, thread_name_prefix="pack"),
             on_progress=on_progress,
         )
+        self._under_way: dict[str, ShardPipeline] = {}  # by URL
 
     def load(self) -> None:
         """Load the weights that the job's stage and carver need.
@@ -78,6 +82,19 @@ class ShardCarver:
         self._stations.decoders.shutdown(wait=False, cancel_futures=True)
         self._stations.packers.shutdown(wait=False, cancel_futures=True)
 
+    def abandon(self, shard: ShardRef) -> None:
+        """Have the `carve` of a shard in another thread end without a commit, if it still can."""
+        if stages := self._under_way.get(shard.url):
+            stages.abandon()
+
+    def queued_bytes(self) -> Mapping[str, int]:
+        """Return what waits in the queues of the shards under way, by the stage it waits for."""
+        queues = [(s.to_encode, s.to_write) for s in list(self._under_way.values())]
+        return {
+            "encode": sum(to_encode.num_bytes for to_encode, _ in queues),
+            "write": sum(to_write.num_bytes for _, to_write in queues),
+        }
+
     def carve(self, shard: ShardRef, *, batch_size: int | None = None) -> Commit:
         """Carve one shard and commit it.
 
@@ -91,10 +108,18 @@ class ShardCarver:
         Raises:
             ShardError: the shard is damaged or has too many bad samples; nothing is committed.
             StorageError: the input or the output cannot be reached.
+            ShardAbandonedError: `abandon` was called for it.
         """
-        started = time.time()
         size = batch_size or self.job.config.runner.batch_size
         stages = ShardPipeline(self._stations, shard=shard, batch_size=size)
+        self._under_way[shard.url] = stages
+        try:
+            return self._carve(shard, stages)
+        finally:
+            del self._under_way[shard.url]
+
+    def _carve(self, shard: ShardRef, stages: ShardPipeline) -> Commit:
+        started = time.time()
         with ShardWriter(
             store=self.store,
             shard_id=shard_id(shard),
@@ -105,9 +130,11 @@ class ShardCarver:
             part_bytes=self.job.config.output.part_mib << 20,
         ) as writer:
             tally = stages.run(writer)
+            _log_rejected(shard, tally)
             self._check_bad_ratio(shard, tally)
             files = writer.finish(tally.rejected)
             commit = self._commit_record(shard, writer, stages, started)
+            stages.check_wanted()
         standing = try_commit(self.store, replace(commit, files=tuple(files)))
         logger.info(
             "shard %s: %d of %d images committed in %.1f s",
@@ -115,6 +142,7 @@ class ShardCarver:
             standing.num_written,
             standing.num_read,
             standing.seconds,
+            extra=about(shard=shard.url, attempt_id=standing.attempt),
         )
         return standing
 
@@ -158,6 +186,22 @@ class ShardCarver:
                 "stage_seconds": {k: round(v, 3) for k, v in sorted(tally.seconds.items())},
             },
             committed_at=now,
+        )
+
+
+def _log_rejected(shard: ShardRef, tally: Tally) -> None:
+    for sample in tally.rejected[:_MAX_LOGGED]:
+        logger.info(
+            "shard %s: sample %r rejected (%s): %s",
+            shard.url,
+            sample.key,
+            sample.reason,
+            sample.message,
+            extra=about(shard=shard.url, key=sample.key),
+        )
+    if (more := len(tally.rejected) - _MAX_LOGGED) > 0:
+        logger.info(
+            "shard %s: %d more samples rejected", shard.url, more, extra=about(shard=shard.url)
         )
 
 

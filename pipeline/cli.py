@@ -1,10 +1,10 @@
 """The `carve` command."""
 
 import functools
-import logging
+import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,14 +13,25 @@ import yaml
 
 from pipeline import calibration, carvers, codecs, encoders, plugin_table
 from pipeline.cache.garbage import find_garbage, remove
-from pipeline.cache.verify import find_damage
+from pipeline.cache.verify import THREADS, find_damage
 from pipeline.carved_cache import open_cache
-from pipeline.config import JobConfig, load_config
-from pipeline.errors import ExitCode, PipelineError
+from pipeline.command_line import (
+    ConfigPath,
+    InputShards,
+    OnChanged,
+    OutputUrl,
+    Overrides,
+    errors_as_lines,
+    read_config,
+    with_flags,
+)
+from pipeline.errors import ExitCode
 from pipeline.evaluation import choose_command, evaluate_command, show_command
 from pipeline.job import resolve_job
 from pipeline.plan import Estimate, Plan, estimate, make_plan
-from pipeline.run_report import RunReport
+from pipeline.rejections import read_rejections
+from pipeline.run_command import run
+from pipeline.run_log import log_to_stderr
 from pipeline.status import read_status, status_lines
 from pipeline.storage import open_store
 
@@ -31,48 +42,7 @@ app = typer.Typer(
     help="Encode an image corpus once, keep the tokens that carry information, load the cache.",
 )
 
-ConfigPath = Annotated[Path, typer.Option("--config", help="YAML file of one complete run.")]
-InputShards = Annotated[str | None, typer.Option("--input", help="Replaces input.shards.")]
-OutputUrl = Annotated[str | None, typer.Option("--output", help="Replaces output.url.")]
-OnChanged = Annotated[
-    str | None,
-    typer.Option("--changed", help="Shards that changed: reprocess, error or ignore."),
-]
-MaxHours = Annotated[
-    float | None, typer.Option("--max-hours", help="Start nothing after it; the next run goes on.")
-]
-MaxShards = Annotated[int | None, typer.Option("--max-shards", help="Start at most so many.")]
-Overrides = Annotated[
-    list[str] | None, typer.Option("--set", help="dotted.key=value; may be repeated.")
-]
-
-
-@app.command()
-def run(  # noqa: PLR0913  (one argument a flag)
-    config: ConfigPath,
-    input_shards: InputShards = None,
-    output: OutputUrl = None,
-    changed: OnChanged = None,
-    max_hours: MaxHours = None,
-    max_shards: MaxShards = None,
-    overrides: Overrides = None,
-) -> None:
-    """Carve every shard of the input that is not in the cache yet."""
-    from pipeline.ray_runner import run_job
-
-    _log_to_stderr()
-    flags = {
-        "input.on_changed": changed,
-        "runner.max_hours": max_hours,
-        "runner.max_shards": max_shards,
-    }
-    with _errors_as_lines():
-        chosen = _with_flags(overrides, flags)
-        job = resolve_job(_read_config(config, input_shards, output, chosen))
-        report = run_job(job)
-    for line in summary_lines(report, job.config.output.url):
-        print(line)
-    raise typer.Exit(int(report.exit_code))
+app.command("run")(run)
 
 
 @app.command()
@@ -84,9 +54,9 @@ def plan(
     overrides: Overrides = None,
 ) -> None:
     """Show what a run would do; change nothing."""
-    with _errors_as_lines():
-        chosen = _with_flags(overrides, {"input.on_changed": changed})
-        job = resolve_job(_read_config(config, input_shards, output, chosen))
+    with errors_as_lines():
+        chosen = with_flags(overrides, {"input.on_changed": changed})
+        job = resolve_job(read_config(config, input_shards, output, chosen))
         store = open_store(job.config.output.url)
         found = make_plan(job, store)
         coming = estimate(found, store)
@@ -103,9 +73,9 @@ def calibrate(
     samples: Annotated[int, typer.Option(min=1, help="Images to encode.")] = 256,
 ) -> None:
     """Set the carver's options that depend on the corpus; print its section of the config."""
-    _log_to_stderr()
-    with _errors_as_lines():
-        job = resolve_job(_read_config(config, input_shards, output, overrides))
+    log_to_stderr("text")
+    with errors_as_lines():
+        job = resolve_job(read_config(config, input_shards, output, overrides))
         result = calibration.calibrate(job, num_samples=samples)
     name = job.config.carver.name
     for reason, count in result.rejected.most_common():
@@ -141,9 +111,18 @@ def list_plugins(
 
 
 @app.command()
-def inspect(url: str, key: Annotated[str | None, typer.Argument()] = None) -> None:
-    """Show what a cache holds, or one image of it."""
-    with _errors_as_lines():
+def inspect(
+    url: str,
+    key: Annotated[str | None, typer.Argument()] = None,
+    errors: Annotated[
+        bool, typer.Option("--errors", help="Print the rejected samples, one JSON object a line.")
+    ] = False,
+) -> None:
+    """Show what a cache holds, one image of it, or the samples that could not be used."""
+    if errors:
+        _print_rejections(url, key)
+        return
+    with errors_as_lines():
         cache = open_cache(url)
         if key is not None:
             image = cache[key]
@@ -167,19 +146,22 @@ def status(
     runs: Annotated[int, typer.Option(min=0, help="How many of the last runs to show.")] = 5,
 ) -> None:
     """Show what is done, at work and failed, from the store alone; changes nothing."""
-    with _errors_as_lines():
+    with errors_as_lines():
         found = read_status(open_store(url), num_runs=runs)
         for line in status_lines(found, url):
             print(line)
 
 
 @app.command()
-def verify(url: str) -> None:
-    """Read every byte of a cache's snapshot and check all its checksums."""
+def verify(
+    url: str,
+    threads: Annotated[int, typer.Option(min=1, help="Files checked at a time.")] = THREADS,
+) -> None:
+    """Read every byte that a cache's commits name and check all checksums."""
     damaged = 0
-    with _errors_as_lines():
+    with errors_as_lines():
         cache = open_cache(url)
-        for problem in find_damage(cache.reader):
+        for problem in find_damage(cache.reader, threads=threads):
             damaged += 1
             print(problem, file=sys.stderr)
     print(f"{url}: {len(cache)} rows checked, {damaged} problems")
@@ -196,7 +178,7 @@ def gc(
 ) -> None:
     """Delete what killed runs left in a cache: files that no commit and no snapshot names."""
     num_files = num_bytes = 0
-    with _errors_as_lines():
+    with errors_as_lines():
         store = open_store(url)
         for garbage in find_garbage(store, grace_s=grace_hours * 3600):
             print(
@@ -220,8 +202,8 @@ def demo(
     """Carve a small corpus on this machine and write a report; needs no network and no GPU."""
     from pipeline.demo import run_demo
 
-    _log_to_stderr()
-    with _errors_as_lines():
+    log_to_stderr("text")
+    with errors_as_lines():
         for line in run_demo(output):
             print(line)
 
@@ -235,12 +217,19 @@ def evaluate_fidelity(
     from pipeline.evaluation import resolve_evaluation
     from pipeline.ray_runner import evaluate_on_ray
 
-    _log_to_stderr()
-    with _errors_as_lines():
+    log_to_stderr("text")
+    with errors_as_lines():
         checked = evaluate_command.read_config(config, {"output": output}, overrides)
         task = resolve_evaluation(checked)
         summary = evaluate_on_ray(task, on_batch=evaluate_command.progress())
         evaluate_command.report(task, summary)
+
+
+def _print_rejections(url: str, key: str | None) -> None:
+    with errors_as_lines():
+        for shard, sample in read_rejections(open_store(url)):
+            if key in (None, sample.key):
+                print(json.dumps({"shard": shard, **asdict(sample)}))
 
 
 def plan_lines(plan: Plan, coming: Estimate | None) -> Iterator[str]:
@@ -267,42 +256,13 @@ def plan_lines(plan: Plan, coming: Estimate | None) -> Iterator[str]:
         yield "no earlier run of this cache tells how long that takes"
 
 
-def summary_lines(report: RunReport, url: str) -> Iterator[str]:
-    """Yield the end of a run in words."""
-    if report.num_done_before == report.num_shards:
-        yield f"nothing to do: all {report.num_shards} shards are in {url}"
-    else:
-        yield (
-            f"{report.num_committed} shards committed, {len(report.failed)} failed, "
-            f"{report.num_done_before} done before, in {report.seconds:.1f} s"
-        )
-        yield (
-            f"{report.num_images} images, {report.tokens_full} tokens carved to "
-            f"{report.tokens_kept}, {report.bytes_in / 1e6:.2f} MB of images to "
-            f"{report.bytes_tokens / 1e6:.2f} MB of tokens"
-        )
-    if report.num_rejected:
-        reasons = ", ".join(f"{r} {c}" for r, c in report.num_rejected.most_common())
-        yield f"{sum(report.num_rejected.values())} samples rejected: {reasons}"
-    for failure in report.failed:
-        yield f"failed: {failure.shard} ({failure.reason}): {failure.message}"
-    if report.num_not_started:
-        yield f"{report.num_not_started} shards were not started"
-    if report.snapshot_error:
-        yield f"no snapshot was made: {report.snapshot_error}"
-    if report.num_duplicates:
-        yield f"{report.num_duplicates} rows are hidden by an equal key of an earlier shard"
-    if report.interrupted:
-        yield "interrupted; the same command resumes"
-
-
 def _with_lines(command: Callable[..., None]) -> Callable[..., None]:
     """Return a command of another module, its errors as lines and its log on stderr."""
 
     @functools.wraps(command)
     def run_command(*args: Any, **kwargs: Any) -> None:  # noqa: ANN401
-        _log_to_stderr()
-        with _errors_as_lines():
+        log_to_stderr("text")
+        with errors_as_lines():
             command(*args, **kwargs)
 
     return run_command
@@ -316,34 +276,3 @@ app.command("show")(_with_lines(show_command.show))
 def main() -> None:
     """Run the `carve` command."""
     app()
-
-
-def _with_flags(overrides: list[str] | None, flags: Mapping[str, object]) -> list[str]:
-    """Return the overrides, and behind them what flags say that were given."""
-    given = [f"{key}={value}" for key, value in flags.items() if value is not None]
-    return [*(overrides or ()), *given]
-
-
-def _read_config(
-    config: Path, input_shards: str | None, output: str | None, overrides: list[str] | None
-) -> JobConfig:
-    return load_config(
-        config, input_shards=input_shards, output_url=output, overrides=overrides or ()
-    )
-
-
-@contextmanager
-def _errors_as_lines() -> Iterator[None]:
-    """Turn our own errors into one line and exit code 2; others keep their traceback."""
-    try:
-        yield
-    except PipelineError as err:
-        print(f"error: {err}", file=sys.stderr)
-        raise typer.Exit(int(ExitCode.CONFIG)) from err
-
-
-def _log_to_stderr() -> None:
-    logging.basicConfig(
-        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
-    )
-    logging.getLogger("pipeline").setLevel(logging.INFO)

@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
 from pipeline.errors import ConfigError
 
 Model = TypeVar("Model", bound=BaseModel)
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+
+_SECRET_SECTION = "notify"
+"""No error shows a value of it."""
 
 
 class StrictModel(BaseModel):
@@ -72,6 +75,12 @@ class RunnerConfig(StrictModel):
     """Per shard; a damaged shard is not tried again, and a smaller batch is not an attempt."""
     max_bad_ratio: Annotated[float, Field(ge=0, le=1)] = 0.5
     """A shard with a larger share of rejected samples fails instead of being committed."""
+    max_bad_ratio_run: Annotated[float, Field(ge=0, le=1)] = 0.25
+    """The run stops when more of its input is lost, by rejected samples and by failed shards, each
+    shard weighed by its size; from 8 settled shards on."""
+    duplicate_tail: Annotated[float, Field(gt=1)] | None = 3.0
+    """Once no shard waits, an idle actor begins one again that takes so many times the usual; the
+    first attempt to commit counts. null: never."""
     heartbeat_s: Annotated[float, Field(gt=0)] = 600.0
     """An actor that makes no progress for this long is killed and its shard retried."""
     actor_start_s: Annotated[float, Field(gt=0)] = 900.0
@@ -82,7 +91,26 @@ class RunnerConfig(StrictModel):
     """Nothing is started after it; what is at work then is finished. The exit code is 75."""
     max_shards: Annotated[int, Field(ge=1)] | None = None
     """At most so many shards are started. The exit code is 75 if more were to do."""
+    drain_s: Annotated[float, Field(ge=0)] = 0.0
+    """After SIGTERM the shards in flight may go on for so long; then they are given up."""
     progress_s: Annotated[float, Field(gt=0)] = 5.0
+    log_format: Literal["text", "json"] = "text"
+    """json: one object a line, with the fields of docs/runs.md."""
+
+
+class NotifyConfig(StrictModel):
+    """Whom to tell how a run ended. Stored nowhere: a webhook's URL may be a secret."""
+
+    command: list[str] = []
+    """A program and its arguments, without a shell; it is given the summary on its stdin."""
+    webhook: SecretStr | None = None
+    """An http(s) URL that the summary is posted to."""
+    webhook_env: str | None = None
+    """Name of the environment variable that holds that URL."""
+    timeout_s: Annotated[float, Field(gt=0)] = 10.0
+    """For each attempt."""
+    max_attempts: Annotated[int, Field(ge=1, le=10)] = 3
+    """Of a webhook; a command is started once."""
 
 
 class JobConfig(StrictModel):
@@ -94,6 +122,7 @@ class JobConfig(StrictModel):
     carver: PluginConfig
     codec: PluginConfig = PluginConfig(name="int8")
     runner: RunnerConfig = RunnerConfig()
+    notify: NotifyConfig = NotifyConfig()
 
 
 def load_config(
@@ -174,7 +203,8 @@ def parse_override(override: str) -> tuple[str, Any]:
     try:
         return key, yaml.safe_load(text)
     except yaml.YAMLError as err:
-        raise ConfigError(f"--set {override!r}: the value is not YAML") from err
+        # Without the value: it may be a secret.
+        raise ConfigError(f"--set {key}: the value is not YAML") from err
 
 
 def assign(values: dict[str, Any], dotted: str, value: object, *, where: str) -> None:
@@ -213,6 +243,8 @@ def _problem(model: type[BaseModel], detail: Any) -> str:  # noqa: ANN401  (pyda
         return f"{place}: unknown key" + (f"; did you mean {near[0]!r}?" if near else "")
     if detail["type"] == "missing":
         return f"{place}: must be given"
+    if detail["loc"][0] == _SECRET_SECTION:
+        return f"{place}: {detail['msg']}"
     return f"{place}: {detail['msg']} (got {detail['input']!r})"
 
 

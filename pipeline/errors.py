@@ -11,10 +11,11 @@ class ExitCode(IntEnum):
     """Exit code of a run, also found in its `summary.json`."""
 
     OK = 0
+    CRASHED = 1  # an error that nobody foresaw: a traceback, a bug
     CONFIG = 2  # nothing was started: the configuration, input or output is wrong
     PARTIAL = 3  # some shards failed, or committed rows hide each other (duplicate keys)
     NOTHING_COMMITTED = 4  # every shard that was tried failed
-    INTERRUPTED = 75  # stopped by a signal; the same command resumes
+    INTERRUPTED = 75  # stopped by a signal or a limit of the run; the same command resumes
 
 
 class PipelineError(Exception):
@@ -77,6 +78,10 @@ class ShardError(PipelineError, ValueError):
     def __reduce__(self) -> tuple[object, ...]:
         """Keep the keyword arguments when the error crosses a process boundary."""
         return (_rebuild_shard_error, (type(self), str(self), self.shard, self.reason))
+
+
+class ShardAbandonedError(PipelineError):
+    """An attempt at a shard was given up on purpose; nothing is wrong with the shard."""
 
 
 class StorageError(PipelineError, OSError):

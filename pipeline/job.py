@@ -59,7 +59,8 @@ class Job:
         """What `carve.json` holds."""
         return {
             **self.metadata,
-            "config": self.config.model_dump(mode="json"),
+            # Whom to tell is no part of a cache, and may hold secrets.
+            "config": self.config.model_dump(mode="json", exclude={"notify"}),
             "versions": package_versions(_VERSIONED),
         }
 

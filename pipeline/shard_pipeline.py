@@ -20,7 +20,7 @@ from pipeline.byte_queue import ByteQueue, QueueStoppedError
 from pipeline.cache.writer import RowToWrite, ShardWriter
 from pipeline.decode import decode_image
 from pipeline.encoders import Pixels
-from pipeline.errors import NonFiniteError, SampleError
+from pipeline.errors import NonFiniteError, SampleError, ShardAbandonedError
 from pipeline.job import Job
 from pipeline.source import read_shard
 from pipeline.types import CarvedTokens, RejectedSample, Sample, ShardRef, VisualTokens
@@ -107,9 +107,29 @@ class ShardPipeline:
         limit = self.job.config.runner.queue_mib << 20
         self.to_encode: ByteQueue[Future[_Prepared | RejectedSample]] = ByteQueue(limit)
         self.to_write: ByteQueue[list[_Carved]] = ByteQueue(limit)
+        self._abandoned = threading.Event()
+
+    def abandon(self) -> None:
+        """End `run` as soon as what is under way lets it; may be called from any thread."""
+        self._abandoned.set()
+        self.to_encode.stop()
+        self.to_write.stop()
+
+    def check_wanted(self) -> None:
+        """Raise if this attempt has been abandoned.
+
+        Raises:
+            ShardAbandonedError: it has.
+        """
+        if self._abandoned.is_set():
+            raise ShardAbandonedError(f"the attempt at {self.shard.url} was abandoned")
 
     def run(self, writer: ShardWriter) -> Tally:
-        """Carve all samples; on an error all threads end before it is raised."""
+        """Carve all samples; on an error all threads end before it is raised.
+
+        Raises:
+            ShardAbandonedError: `abandon` was called; other errors are of the shard or the stores.
+        """
         with ThreadPoolExecutor(2, thread_name_prefix="shard") as pool:
             reading = pool.submit(self._read)
             writing = pool.submit(self._write, writer)
@@ -120,12 +140,14 @@ class ShardPipeline:
                 self.to_write.close()
                 writing.result()
             except QueueStoppedError:
+                self.check_wanted()
                 writing.result()  # the writer failed and stopped the queue: raise its error
                 raise
             finally:
                 self.to_encode.stop()
                 self.to_write.stop()
             reading.result()
+        self.check_wanted()  # stopped queues look as if the shard were at its end
         return self.tally
 
     def _read(self) -> None:

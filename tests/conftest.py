@@ -1,6 +1,7 @@
 """Fixtures and the silence that all tests run in."""
 
 import os
+import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +33,8 @@ def _silent_environment() -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "RAY_AUTH_MODE": "disabled",
+        # Ray lowers its workers' priority by 15: on a busy machine they would starve.
+        "RAY_worker_niceness": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_USAGE_STATS_REPORT_URL": "http://127.0.0.1:9/",
         "RAY_ADDRESS": "local",
@@ -42,9 +45,18 @@ def _silent_environment() -> dict[str, str]:
 os.environ.update(_silent_environment())
 
 
+def _free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
 @pytest.fixture(scope="session")
 def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """One local Ray of two CPUs for the whole session; workers find the tests' own modules."""
+    """One local Ray of two CPUs for the whole session; workers find the tests' own modules.
+
+    Its metrics are at a port of their own, a second old at most.
+    """
     import ray
 
     ray.init(
@@ -54,6 +66,8 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         log_to_driver=False,
         logging_level="ERROR",
         object_store_memory=100 << 20,
+        _metrics_export_port=_free_port(),
+        _system_config={"metrics_report_interval_ms": 1000},
         _temp_dir=tempfile.mkdtemp(prefix="ray-", dir="/tmp"),
         runtime_env={"env_vars": {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}},
     )

@@ -10,14 +10,23 @@ PACKAGE = ROOT / "pipeline"
 
 LAYERS = (
     {"types", "errors"},
-    {"registry", "config", "storage", "byte_queue", "heap", "stop_signal"},
+    {
+        "registry",
+        "config",
+        "storage",
+        "byte_queue",
+        "heap",
+        "stop_signal",
+        "run_log",
+        "error_budget",
+    },
     {"source", "decode", "encoders", "carvers", "codecs", "cache"},
-    {"job", "carved_cache", "run_report"},
-    {"plan", "shard_pipeline", "dataset", "calibration", "status"},
+    {"job", "carved_cache", "run_report", "notify", "command_line", "json_stderr"},
+    {"plan", "shard_pipeline", "dataset", "calibration", "status", "rejections"},
     {"carve_shard"},
     {"progress", "consumers", "evaluation", "plugin_table"},
     {"ray_runner"},
-    {"demo"},
+    {"demo", "run_command"},
     {"cli"},
     {"__main__"},
 )

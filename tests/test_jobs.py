@@ -8,9 +8,11 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from pipeline.cache.commit import read_commits
 from pipeline.storage import open_store
 from tests.conftest import ROOT
 from tests.encoders.tiny_models import save_llava
-from tests.fakes import write_corpus, write_tar
+from tests.fakes import encoded_image, write_corpus, write_tar
 
 pytestmark = pytest.mark.ray
 
@@ -83,24 +85,72 @@ def test_the_script_runs_a_config_and_says_when_nothing_is_left(
     assert image.features.shape == (6, 32)
 
 
+class Hook(BaseHTTPRequestHandler):
+    """Keeps what is posted to it."""
+
+    def do_POST(self) -> None:
+        self.server.posted.append(self.rfile.read(int(self.headers["Content-Length"])))
+        self.send_response(204)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        """Keep stderr clean."""
+
+
+@pytest.fixture
+def hook() -> Iterator[ThreadingHTTPServer]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hook)
+    server.posted = []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
 def test_the_command_takes_input_output_and_settings_and_reports_failures(
-    tmp_path: Path, config: Path
+    tmp_path: Path, config: Path, hook: ThreadingHTTPServer
 ) -> None:
-    write_tar(tmp_path / "other" / "good.tar", [])
+    """With a log of JSON, each line of stderr is one; the summary is posted; no secret is left."""
+    write_tar(tmp_path / "other" / "good.tar", [("a.jpg", encoded_image(1)), ("b.jpg", b"bad")])
     (tmp_path / "other" / "bad.tar").write_bytes(b"not a tar" * 200)
+    secret = "T0KEN"
 
     result = start(
         BIN / "carve",
         "run",
-        *("--config", config),
+        *("--config", config, "--log-format", "json"),
         *("--input", tmp_path / "other", "--output", tmp_path / "there"),
         *("--set", "runner.num_actors=1", "--set", "codec.name=bf16"),
+        *("--set", "notify.webhook_env=CARVE_HOOK"),
+        CARVE_HOOK=f"http://127.0.0.1:{hook.server_port}/{secret}",
     )
 
     assert result.returncode == 3, result.stderr
     assert "1 shards committed, 1 failed" in result.stdout
     assert "bad.tar" in result.stdout
     assert open_cache(str(tmp_path / "there")).identity["settings"]["codec"]["name"] == "bf16"
+    lines = [json.loads(line) for line in result.stderr.splitlines()]
+    assert len({line["run_id"] for line in lines}) == 1
+    (failed,) = [line for line in lines if line["level"] == "ERROR"]
+    assert (failed["shard"], failed["attempt"]) == (str(tmp_path / "other" / "bad.tar"), 1)
+    (rejected,) = [line for line in lines if line.get("key") == "b"]
+    assert (rejected["actor"], rejected["logger"]) == ("actor-0", "pipeline.carve_shard")
+    (posted,) = hook.posted
+    (stored,) = (tmp_path / "there" / "runs").glob("*/summary.json")
+    assert json.loads(posted) == json.loads(stored.read_text())
+    files = [path.read_bytes() for path in (tmp_path / "there").rglob("*") if path.is_file()]
+    output = (result.stdout + result.stderr).encode()
+    assert not any(secret.encode() in content for content in (*files, output))
+
+
+def test_a_mistake_in_the_config_is_a_line_of_the_log_too(config: Path) -> None:
+    command = [BIN / "carve", "run", "--config", config, "--set", "runner.batch_size=0"]
+
+    result = start(*command, "--log-format", "json")
+
+    (line,) = [json.loads(line) for line in result.stderr.splitlines()]
+    assert result.returncode == 2
+    assert (line["level"], "runner.batch_size" in line["message"]) == ("ERROR", True)
 
 
 def test_sigterm_ends_the_script_with_75_and_the_same_command_resumes(

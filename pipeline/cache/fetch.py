@@ -10,20 +10,19 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 THREADS = 24  # a request to an object store waits for some 30 ms and uses no core meanwhile
-_AHEAD = 2 * THREADS
 
 
-def in_order(fetch: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+def in_order(fetch: Callable[[T], R], items: Iterable[T], *, threads: int = THREADS) -> Iterator[R]:
     """Yield `fetch(item)` of each item, in the order of the items.
 
-    At most 48 results wait for the consumer. The first error, in the order of the items, is
-    raised; what has not started by then never does.
+    At most two results a thread wait for the consumer. The first error, in the order of the items,
+    is raised; what has not started by then never does.
     """
     left = iter(items)
-    with ThreadPoolExecutor(THREADS, thread_name_prefix="fetch") as pool:
+    with ThreadPoolExecutor(threads, thread_name_prefix="fetch") as pool:
         waiting: deque[Future[R]] = deque()
         try:
-            for item in itertools.islice(left, _AHEAD):
+            for item in itertools.islice(left, 2 * threads):
                 waiting.append(pool.submit(fetch, item))
             while waiting:
                 result = waiting.popleft().result()

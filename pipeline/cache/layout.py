@@ -85,6 +85,8 @@ FAILURES_SCHEMA = pa.schema(
         pa.field("reason", pa.string(), nullable=False),
         pa.field("message", pa.string(), nullable=False),
         pa.field("attempts", pa.int32(), nullable=False),
+        pa.field("error_class", pa.string()),  # not in the first files of version 1, like host
+        pa.field("host", pa.string()),
     ]
 )
 

@@ -15,38 +15,56 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.cache import layout, parquet, row
+from pipeline.cache.fetch import in_order
 from pipeline.cache.reader import SnapshotReader
+from pipeline.cache.verify_commits import find_damaged_files
 from pipeline.errors import CacheFormatError, NotFoundError
 from pipeline.storage import Store
 
+THREADS = 8  # parts of 256 MiB each: some 2 GB on disk while they are checked
 _CHUNK = 8 << 20
 _IN_BOTH = [f.name for f in layout.FIXED_COLUMNS if f.name in layout.INDEX_SCHEMA.names]
 """Columns that a part and the index both have."""
 
 
-def find_damage(reader: SnapshotReader) -> Iterator[str]:
-    """Yield one line for each thing that is wrong; fetches each part of the snapshot once.
+def find_damage(reader: SnapshotReader, *, threads: int = THREADS) -> Iterator[str]:
+    """Yield one line for each thing that is wrong; fetches each file once.
 
-    A part must have the sha256 of its commit. Of its rows, hidden ones too, all checksums are
-    tried, and the index must point at those very bytes. In a part with another sha256 the bytes
-    are tried where the index says that rows are: to tell which can still be read.
+    A part of the snapshot must have the sha256 of its commit. Of its rows, hidden ones too, all
+    checksums are tried, and the index must point at those very bytes. In a part with another sha256
+    the bytes are tried where the index says that rows are: to tell which can still be read. All
+    other files that a commit names must be there with their size and sha256.
 
-    A part of a remote store lies in the folder for temporary files while it is checked.
+    Args:
+        reader: of the snapshot.
+        threads: parts checked at a time; one of a remote store lies in the folder for temporary
+            files meanwhile.
+
+    Raises:
+        StorageError: the store cannot be read.
     """
     records = reader.file_records()
-    for record, rows in zip(records, _indexed_rows(reader, len(records)), strict=True):
-        where = f"{reader.store.url}/{record['path']}"
-        try:
-            file = _open_here(reader.store, record["path"])
-        except NotFoundError:
-            yield f"{where}: missing, though a commit names it"
-            continue
-        with file:
-            if hashlib.file_digest(file, "sha256").hexdigest() == record["sha256"]:
-                yield from _check_part(file, rows, where)
-            else:
-                yield f"{where}: does not match the sha256 of its commit"
-                yield from _check_places(file, rows, where)
+    parts = zip(records, _indexed_rows(reader, len(records)), strict=True)
+    for lines in in_order(lambda part: _damage_of(reader.store, *part), parts, threads=threads):
+        yield from lines
+    yield from find_damaged_files(
+        reader.store, checked={record["path"] for record in records}, threads=threads
+    )
+
+
+def _damage_of(
+    store: Store, record: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    where = f"{store.url}/{record['path']}"
+    try:
+        file = _open_here(store, record["path"])
+    except NotFoundError:
+        return [f"{where}: missing, though a commit names it"]
+    with file:
+        if hashlib.file_digest(file, "sha256").hexdigest() == record["sha256"]:
+            return list(_check_part(file, rows, where))
+        damage = f"{where}: does not match the sha256 of its commit"
+        return [damage, *_check_places(file, rows, where)]
 
 
 def _indexed_rows(reader: SnapshotReader, num_files: int) -> Iterator[list[dict[str, Any]]]:

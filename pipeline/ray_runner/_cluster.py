@@ -10,6 +10,7 @@ import ray
 
 from pipeline.config import RunnerConfig
 from pipeline.errors import ConfigError
+from pipeline.stop_signal import StopRequestedError, StopSignals
 
 logger = logging.getLogger(__name__)
 
@@ -33,16 +34,25 @@ def local_cluster(*, num_cpus: int) -> Iterator[None]:
 
 
 @contextmanager
-def connected() -> Iterator[None]:
-    """Connect to a cluster unless the caller is connected; leave things as they were."""
+def connected(signals: StopSignals | None = None) -> Iterator[None]:
+    """Connect to a cluster unless the caller is connected; leave things as they were.
+
+    Args:
+        signals: Ray takes the signals for itself when it connects; here they are taken back.
+
+    Raises:
+        ConfigError: no cluster answers.
+        StopRequestedError: Ray had the signals when one came.
+    """
     if ray.is_initialized():
         yield
         return
     address = os.environ.get("RAY_ADDRESS")
+    is_local = address in (None, "", "local")
     try:
         ray.init(
             log_to_driver=False,
-            include_dashboard=None if address else False,
+            include_dashboard=False if is_local else None,
             logging_level=logging.ERROR,
         )
     except ConnectionError as err:
@@ -51,6 +61,13 @@ def connected() -> Iterator[None]:
             f"no Ray cluster answers at {address or 'this machine'}: {reason}; set RAY_ADDRESS to "
             "one that runs, or to `local` to start one here"
         ) from err
+    except SystemExit as err:
+        if signals is None:
+            raise
+        signals.request()
+        raise StopRequestedError from err
+    if signals is not None:
+        signals.take()
     try:
         yield
     finally:

@@ -7,13 +7,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from pipeline.cache.commit import Commit
+from pipeline.cache.commit import Commit, try_commit
 from pipeline.cache.reader import SnapshotReader
 from pipeline.cache.snapshot import build_snapshot, collect_snapshot
 from pipeline.cache.verify import find_damage
 from pipeline.storage import Store, open_store
+from pipeline.types import RejectedSample
 from tests.cache.counting import CountingStore
-from tests.cache.rows import commit_rows, make_row
+from tests.cache.rows import commit_rows, make_commit, make_row, make_writer
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -149,5 +150,69 @@ def test_each_part_is_fetched_once(tmp_path: Path) -> None:
 
     assert list(find_damage(reader)) == []
 
-    assert store.reads == {"data": 2, "snapshots": 2}
+    # Two parts, and the two indexes that only their commits name.
+    assert store.reads == {"data": 4, "commits": 2, "snapshots": 2}
     assert store.ranges == 2  # footers of the snapshot's two tables
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("index.parquet", None, "missing, though a commit names it"),
+        ("index.parquet", b"short", "has 5 bytes, not the"),
+        ("errors.parquet", b"flip", "does not match the sha256 of its commit"),
+    ],
+)
+def test_files_beside_the_parts_are_checked_too(
+    store: Store, name: str, content: bytes | None, problem: str
+) -> None:
+    rejected = [RejectedSample(key="bad", stage="decode", reason="corrupt_image", message="m")]
+    with make_writer(store, "s") as writer:
+        writer.write(make_row("a"))
+        writer.finish(rejected)
+    commit = try_commit(store, make_commit(writer))
+    reader = SnapshotReader(store=store, snapshot=build_snapshot(store))
+    (path,) = [file.path for file in commit.files if file.path.endswith(name)]
+    whole = store.read(path)
+    flipped = whole[:-1] + bytes([whole[-1] ^ 1])
+    if content is None:
+        store.delete(path)
+    else:
+        store.put(path, flipped if content == b"flip" else content)
+
+    (line,) = find_damage(reader)
+
+    assert line.startswith(f"{store.url}/{path}: {problem}")
+
+
+def test_commits_that_no_snapshot_has_are_checked_too(store: Store) -> None:
+    fill(store)
+    reader = SnapshotReader(store=store, snapshot=build_snapshot(store))
+    later = commit_rows(store, "s9", [make_row("z")])
+    part = later.files[0].path
+    store.put(part, store.read(part)[:-1])
+    (record,) = [e.path for e in store.list("commits") if "/s1." in e.path]
+    store.put(record, store.read(record)[:-2])
+
+    damage = list(find_damage(reader))
+
+    assert len(damage) == 2
+    assert record in damage[0]
+    assert damage[1].startswith(f"{store.url}/{part}: has ")
+
+
+def test_parts_are_checked_at_once_and_named_in_order(tmp_path: Path) -> None:
+    store = CountingStore(f"memory://together-{tmp_path.name}")
+    for number in range(8):
+        commit_rows(store, f"s{number}", [make_row(f"k{number}")])
+    reader = SnapshotReader(store=store, snapshot=build_snapshot(store))
+    for record in reader.file_records():
+        store.put(record["path"], store.read(record["path"])[:-1])
+    store.pause_s, store.most_at_once = 0.1, 0
+
+    damage = list(find_damage(reader, threads=4))
+
+    named = [line for line in damage if "sha256" in line]
+    assert len(named) == 8
+    assert named == sorted(named)
+    assert 1 < store.most_at_once <= 4
