@@ -28,7 +28,7 @@ from pipeline.types import ShardRef
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.5
-_ABANDON_S = 5.0  # for actors to remove what they have written, at the end of a run
+_ABANDON_S = 10.0  # for actors to remove what they have written, at the end of a run
 _HURRY_S = 1.0  # the same after a signal: `ray job stop` kills 3 s after it
 
 

@@ -195,7 +195,8 @@ class Fleet:
         """Have what is in flight given up, and end all actors.
 
         Args:
-            within_s: how long to wait for actors to remove what they have written.
+            within_s: how long to wait for actors to remove what they have written, and half of it
+                for the last lines of their logs.
 
         Returns:
             The shards that were committed all the same, with their records.
@@ -212,7 +213,7 @@ class Fleet:
         ]
         ready = [member.handle for member in self.members if member.loading is None]
         words = [h.status.options(concurrency_group="control").remote() for h in ready]
-        for status in _answers(words, min(0.5, within_s)).values():
+        for status in _answers(words, within_s / 2).values():
             if isinstance(status, ActorStatus):
                 run_log.replay(status.log)
         for member in self.members:

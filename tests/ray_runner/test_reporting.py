@@ -142,7 +142,7 @@ def test_what_actors_log_reaches_the_driver_with_its_place(eventful: Eventful) -
     assert re.fullmatch(r"actor-\d", rejected.actor)
     assert (rejected.host, rejected.name) == (platform.node(), "pipeline.carve_shard")
     done = [r for r in eventful.log if hasattr(r, "attempt_id")]
-    assert {Path(r.shard).name for r in done} >= {"shard-00001.tar", "shard-00003.tar"}
+    assert "shard-00003.tar" in {Path(r.shard).name for r in done}
 
 
 def test_a_run_that_fails_tells_so_too(tmp_path: Path) -> None:
