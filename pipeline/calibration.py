@@ -132,7 +132,9 @@ def read_sample(job: Job, num_samples: int) -> tuple[list[Sample], Counter[str]]
 
     Where a shard has fewer than its share, the next ones give more.
     """
-    shards = expand_shards(job.config.input.shards)
+    shards = expand_shards(
+        job.config.input.shards, allow_list_schemes=job.config.input.allow_list_schemes
+    )
     chosen = _evenly(shards, num_samples)
     images: list[Sample] = []
     rejected: Counter[str] = Counter()

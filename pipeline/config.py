@@ -32,6 +32,8 @@ class InputConfig(StrictModel):
 
     shards: str | list[str] = ""
     """Braces, globs, a directory, a text file of URLs, any fsspec URL, or a list of these."""
+    allow_list_schemes: list[str] = []
+    """Stores that a text file on another store may name, `s3` or `file` say; see security.md."""
     image_suffixes: list[str] = ["jpg", "jpeg", "png", "webp"]
     columns: list[str] = ["json", "txt", "cls"]
     """Suffixes of members that go to the cache as text columns of the same name."""

@@ -4,7 +4,17 @@ Each error is one of ours (`PipelineError`) and also the builtin a caller would 
 `except PipelineError` and `except ValueError` work.
 """
 
+import os
+import re
 from enum import IntEnum
+
+_USER = re.compile(r"(\w://)[^/@\s'\"]*:[^/@\s'\"]*@|(https?://)[^/@\s'\"]+@")
+_PARAMETER = re.compile(
+    r"([?&;#][^=&\s'\"]*(?:sig|token|secret|credential|password|key)[^=&\s'\"]*=)[^&\s'\"]+",
+    re.IGNORECASE,
+)
+_NAMES = re.compile(r"SECRET|TOKEN|PASSWORD|ACCOUNT_KEY|STORAGE_KEY|CONNECTION_STRING|SAS")
+_SHORTEST_SECRET = 8
 
 
 class ExitCode(IntEnum):
@@ -18,8 +28,24 @@ class ExitCode(IntEnum):
     INTERRUPTED = 75  # stopped by a signal or a limit of the run; the same command resumes
 
 
+def without_secrets(text: str) -> str:
+    """Return a message with `***` for what a URL's credentials are, or a secret of the environment.
+
+    Drivers put the whole address of a request into their errors, with its signature.
+    """
+    text = _USER.sub(lambda found: f"{found.group(1) or found.group(2)}***@", text)
+    text = _PARAMETER.sub(r"\1***", text)
+    for name, value in os.environ.items():
+        if len(value) >= _SHORTEST_SECRET and value in text and _NAMES.search(name.upper()):
+            text = text.replace(value, "***")
+    return text
+
+
 class PipelineError(Exception):
-    """Base of all errors raised on purpose."""
+    """Base of all errors raised on purpose. Its message holds no secrets."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(without_secrets(a) if isinstance(a, str) else a for a in args))
 
 
 class ConfigError(PipelineError, ValueError):

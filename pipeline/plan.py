@@ -63,7 +63,9 @@ def make_plan(job: Job, store: Store) -> Plan:
     """
     if store.exists(layout.IDENTITY_PATH):
         check_identity(store, job.identity)
-    shards = expand_shards(job.config.input.shards)
+    shards = expand_shards(
+        job.config.input.shards, allow_list_schemes=job.config.input.allow_list_schemes
+    )
     committed = list_committed(store)
     ids = {shard: shard_id(shard) for shard in shards}
     works = {ids[shard]: job.work_fingerprint(shard) for shard in shards}

@@ -17,7 +17,13 @@ from pydantic import BaseModel, FiniteFloat, ValidationError
 from pipeline.cache import layout, parquet
 from pipeline.cache.commit import Commit
 from pipeline.cache.fetch import in_order
-from pipeline.errors import CacheFormatError, ExitCode, NotFoundError, PipelineError
+from pipeline.errors import (
+    CacheFormatError,
+    ExitCode,
+    NotFoundError,
+    PipelineError,
+    without_secrets,
+)
 from pipeline.storage import Store
 
 SUMMARY_FILE, FAILURES_FILE = "summary.json", "failures.parquet"
@@ -43,6 +49,10 @@ class FailedShard:
     def error_class(self) -> str:
         """`transient`: trying again may do; `permanent`: something must be repaired first."""
         return "transient" if self.reason in TRANSIENT else "permanent"
+
+    def __post_init__(self) -> None:
+        """Keep secrets out of reports: a message may be that of any library's error."""
+        object.__setattr__(self, "message", without_secrets(self.message))
 
 
 @dataclass(kw_only=True)

@@ -216,8 +216,12 @@ class _Plugin(BaseModel):
     options: dict[str, Any]
 
 
+class _Encoder(BaseModel):
+    name: str
+
+
 class _Settings(BaseModel):
-    encoder: dict[str, Any]
+    encoder: _Encoder
     carver: _Plugin
     codec: _Plugin
     width: Annotated[int, Field(ge=1)]

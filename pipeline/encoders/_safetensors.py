@@ -20,6 +20,7 @@ from pipeline.errors import ConfigError
 
 MAX_HEADER_BYTES = 100_000_000  # the limit the reference implementation sets
 SAMPLE_BYTES = 4096
+_MAX_LENGTH = 1 << 40  # of an axis
 
 _DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -118,7 +119,7 @@ class SafetensorsFile:
                 header = json.loads(file.read(length))
         except OSError as err:
             raise ConfigError(f"cannot read {self.path}: {err.strerror}") from err
-        except ValueError as err:
+        except (ValueError, RecursionError) as err:
             if isinstance(err, ConfigError):
                 raise
             raise ConfigError(f"header of {self.path} is not JSON: {err}") from err
@@ -135,7 +136,8 @@ class SafetensorsFile:
             raise ConfigError(f"header of {self.path} is damaged at tensor {name!r}") from err
         known = _DTYPES.get(dtype)
         wrong = known is not None and stop - start != math.prod(shape) * known.itemsize
-        if wrong or min(shape, default=0) < 0 or not base <= start <= stop <= size:
+        wrong = wrong or not 0 <= min(shape, default=0) <= max(shape, default=0) <= _MAX_LENGTH
+        if wrong or not base <= start <= stop <= size:
             raise ConfigError(
                 f"tensor {name!r} of {self.path} does not fit its file: {dtype}{list(shape)} at "
                 f"bytes {start}..{stop} of {size}; download it again"

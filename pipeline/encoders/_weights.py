@@ -110,9 +110,11 @@ class Checkpoint:
             weight_map = _read_json(index).get("weight_map")
             if not isinstance(weight_map, dict):
                 raise ConfigError(f"{index} has no 'weight_map'; download it again")
-            foreign = sorted(n for n in set(weight_map.values()) if Path(n).name != n)
-            if foreign:
-                raise ConfigError(f"{index} points outside its directory: {foreign[0]!r}")
+            for name in weight_map.values():
+                if not isinstance(name, str) or Path(name).name != name:
+                    raise ConfigError(f"{index} points outside its directory: {name!r}")
+                if not name.endswith(".safetensors"):
+                    raise ConfigError(f"{index} names {name!r}, which is no safetensors file")
             return weight_map
         if self.find(_SINGLE) is None:
             raise ConfigError(self._no_safetensors())
@@ -303,7 +305,7 @@ def _fetch(model: str, name: str, revision: str | None) -> Path | None:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"), object_hook=_without_origin)
-    except (OSError, ValueError) as err:
+    except (OSError, ValueError, RecursionError) as err:
         raise ConfigError(f"cannot read {path}: {err}") from err
     if not isinstance(content, dict):
         raise ConfigError(f"{path} is not a JSON object; download it again")

@@ -13,6 +13,7 @@ from pipeline.source._tar import ByteStream, Member, TarReader, TruncatedError
 from pipeline.storage import open_input
 from pipeline.types import RejectedSample, Sample, ShardRef
 
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _META = re.compile(r"__[^/]*__($|/)")  # webdataset's own rule for files that are no samples
 
 
@@ -185,7 +186,9 @@ class _ShardReader:
         key = key.encode("utf-8", "backslashreplace").decode("utf-8")
         message = message.encode("utf-8", "backslashreplace").decode("utf-8")
         place = "" if self.shard.url in message else f"{self.shard.url}: {key}: "
-        return RejectedSample(key=key, stage="source", reason=reason, message=f"{place}{message}")
+        # One line that does nothing to a terminal: names in an archive are anybody's.
+        line = _CONTROL.sub(lambda found: repr(found.group())[1:-1], f"{place}{message}")
+        return RejectedSample(key=key, stage="source", reason=reason, message=line)
 
 
 def _split(name: str) -> tuple[str | None, str | None]:

@@ -10,7 +10,7 @@ import fsspec
 from fsspec.core import split_protocol
 from fsspec.implementations.local import LocalFileSystem
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, without_secrets
 from pipeline.storage._driver import AZURE, GCS, S3, open_filesystem
 
 _EXTRAS = dict.fromkeys(S3, "s3") | dict.fromkeys(GCS, "gcs") | dict.fromkeys(AZURE, "azure")
@@ -107,7 +107,7 @@ def checked_url(url: str) -> str:
     Raises:
         ConfigError: no driver for it, it names no place, or it carries credentials.
     """
-    if _SECRET.search(url):
+    if _SECRET.search(url) or without_secrets(url) != url:
         raise ConfigError(
             "a URL carries credentials (not shown here); give them by the environment instead"
         )

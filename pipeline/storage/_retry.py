@@ -9,7 +9,13 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from pipeline.errors import AlreadyExistsError, NotFoundError, PipelineError, StorageError
+from pipeline.errors import (
+    AlreadyExistsError,
+    NotFoundError,
+    PipelineError,
+    StorageError,
+    without_secrets,
+)
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -107,7 +113,8 @@ def with_retries(what: str, url: str, operation: Callable[[], T]) -> T:
                 raise as_storage_error(what, url, err, attempts=attempt) from err
             longest_s = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** (attempt - 1))
             pause_s = longest_s * random.uniform(0.5, 1)
-            logger.warning("cannot %s %s (%s); trying again in %.1f s", what, url, err, pause_s)
+            reason = without_secrets(str(err))
+            logger.warning("cannot %s %s (%s); trying again in %.1f s", what, url, reason, pause_s)
             time.sleep(pause_s)
     raise AssertionError("counting never ends")
 

@@ -7,8 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.cache import layout
+from pipeline.cache.commit import read_identity
 from pipeline.cache.record import dump_record, parse_record
 from pipeline.errors import CacheFormatError
+from pipeline.storage import open_store
+from tests.cache.rows import IDENTITY, SETTINGS
 
 VALUES = {"options": {"seed": 7, "share": 0.25, "of": None}, "text": "ключ", "n": [1]}
 WHOLE = dump_record(VALUES)
@@ -64,3 +67,20 @@ def test_what_is_no_record_is_refused_in_one_line(content: bytes) -> None:
 def test_another_version_asks_for_a_newer_package() -> None:
     with pytest.raises(CacheFormatError, match="format version 2 is not known; install a newer"):
         parse_record(json.dumps({"format_version": 2}).encode(), where="here")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {**SETTINGS, "encoder": {"name": 7}},
+        {**SETTINGS, "codec": "int8"},
+        {**SETTINGS, "width": 0},
+    ],
+)
+def test_an_identity_that_is_none_is_refused_for_all_its_checksum(settings, tmp_path) -> None:
+    store = open_store(str(tmp_path))
+    store.put("carve.json", dump_record({**IDENTITY, "settings": settings}))
+
+    with pytest.raises(CacheFormatError, match=r"carve\.json is damaged: settings"):
+        read_identity(store)
