@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Literal, TextIO
 
+from pipeline.errors import without_secrets
+
 LogFormat = Literal["text", "json"]
 
 FIELDS = ("run_id", "actor", "host", "pid", "shard", "key", "attempt", "attempt_id")
@@ -99,6 +101,7 @@ class JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             values["trace"] = self.formatException(record.exc_info)
+        values = {k: without_secrets(v) if isinstance(v, str) else v for k, v in values.items()}
         return json.dumps(values)  # in ASCII: a key may hold what no terminal can show
 
 
@@ -107,6 +110,10 @@ class _TextFormatter(logging.Formatter):
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(message)s")
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line, and a trace behind it, without secrets."""
+        return without_secrets(super().format(record))
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  (logging's name)
         line = super().formatMessage(record)

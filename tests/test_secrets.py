@@ -1,5 +1,6 @@
 """Planted secrets are found in no message, log, record or table."""
 
+import io
 import logging
 import pickle
 from pathlib import Path
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 
 from pipeline.cli import app
 from pipeline.errors import ConfigError, ExitCode, NotFoundError, StorageError, without_secrets
+from pipeline.run_log import JsonFormatter, _TextFormatter
 from pipeline.run_report import FailedShard, RunReport
 from pipeline.source import expand_shards
 from pipeline.storage import open_store
@@ -104,6 +106,27 @@ def test_a_secret_of_the_environment_is_taken_out_of_messages(
 
     assert str(StorageError(f"denied for {SECRET} here")) == "denied for *** here"
     assert str(NotFoundError("nothing to hide")) == "nothing to hide"
+
+
+@pytest.mark.parametrize("formatter", [JsonFormatter(), _TextFormatter()])
+@pytest.mark.parametrize("url", URLS)
+def test_the_log_of_a_run_shows_none_in_lines_or_traces(
+    url: str, formatter: logging.Formatter
+) -> None:
+    sink = io.StringIO()
+    handler = logging.StreamHandler(sink)
+    handler.setFormatter(formatter)
+    log = logging.Logger("pipeline.test")
+    log.addHandler(handler)
+
+    try:
+        {}[f"a library says {url}"]
+    except KeyError:
+        log.exception("request to %s failed", url)
+
+    assert "a library says" in sink.getvalue()
+    assert "***" in sink.getvalue()
+    assert SECRET not in sink.getvalue()
 
 
 def test_reports_of_a_run_hold_no_secret_of_a_foreign_error(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from enum import Enum
 
 import torch
 
-from pipeline.errors import ConfigError, ShardError, StorageError
+from pipeline.errors import ConfigError, ShardError, StorageError, without_secrets
 
 # What allocators say in a plain RuntimeError; compared in lower case.
 _MEMORY_WORDINGS = (
@@ -62,6 +62,6 @@ def is_out_of_memory(cause: BaseException) -> bool:
 
 
 def one_line(err: BaseException) -> str:
-    """Return an error's message as one line of at most 500 characters."""
-    text = " ".join(str(err).split()) or type(err).__name__
+    """Return an error's message, without secrets, as one line of at most 500 characters."""
+    text = without_secrets(" ".join(str(err).split()) or type(err).__name__)
     return text if len(text) <= 500 else text[:497] + "..."
