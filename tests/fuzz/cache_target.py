@@ -13,7 +13,9 @@ import torch
 from pipeline import CarvedDataset, open_cache
 from pipeline.cache import layout
 from pipeline.cache.commit import claim_identity
+from pipeline.cache.record import dump_record, parse_record
 from pipeline.cache.snapshot import build_snapshot
+from pipeline.cache.snapshot_record import record_path
 from pipeline.cache.verify import find_damage
 from pipeline.carved_cache import CarvedCache
 from pipeline.errors import KeyNotFoundError, PipelineError
@@ -31,6 +33,7 @@ from tests.cache.rows import (
 )
 from tests.fuzz.target import BrokenPromiseError, Target
 
+_numbers = itertools.count()
 KEYS = [f"k{number}" for number in range(7)]
 
 
@@ -47,7 +50,7 @@ class CacheTarget(Target):
     """A small cache in memory, the same bytes in every process."""
 
     def __init__(self) -> None:
-        self.store = open_store(f"memory://fuzz-{self.name}")
+        self.store = open_store(f"memory://fuzz-{self.name}-{next(_numbers)}")
         with _clock_and_names_fixed():
             _fill(self.store)
         self.whole = {entry.path: self.store.read(entry.path) for entry in self.store.list()}
@@ -147,6 +150,8 @@ def _clock_and_names_fixed() -> Iterator[None]:
     with (
         mock.patch("uuid.uuid4", side_effect=(uuid.UUID(int=n << 64) for n in itertools.count(1))),
         mock.patch("time.time", return_value=1_700_000_000.0),
+        # Of a store in memory it is the time of writing; some records hold it.
+        mock.patch("pipeline.storage._backend.Backend.etag", return_value="e"),
     ):
         yield
 
@@ -162,7 +167,9 @@ def _fill(store: Store) -> None:
             writer.write(one)
         writer.finish([RejectedSample(key="x", stage="decode", reason="corrupt", message="m")])
     store.put(layout.commit_path("b", "f" * 16), make_commit(writer).to_json())
-    build_snapshot(store)
+    path = record_path(build_snapshot(store).number)
+    snapshot = parse_record(store.read(path), where=path)
+    store.put(path, dump_record({**snapshot, "created_at": 1_700_000_000.0}))
     report = RunReport(run_id="r1", started_at=1_700_000_000.0)
     report.failed.append(FailedShard(shard="c", reason="truncated", message="m", attempts=1))
     report.save(store)

@@ -71,7 +71,7 @@ class Faulty(Target):
 
 
 def test_every_kind_of_fault_is_found_and_costs_only_its_input() -> None:
-    report = fuzz("faulty", seed=SEED, count=8, hang_s=20)
+    report = fuzz("faulty", seed=SEED, count=8, hang_s=10)
 
     assert report.outcomes == {"read": 3, "broken": 3, "crash": 1, "hang": 1}
     assert sorted(number for number, _ in report.broken) == [1, 2, 3, 4, 5]
