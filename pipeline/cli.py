@@ -3,7 +3,8 @@
 import functools
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,7 +29,7 @@ from pipeline.command_line import (
 from pipeline.errors import ExitCode
 from pipeline.evaluation import choose_command, evaluate_command, show_command
 from pipeline.job import resolve_job
-from pipeline.plan import Estimate, Plan, estimate, make_plan
+from pipeline.plan import Estimate, Plan, estimate, given_up, make_plan
 from pipeline.rejections import read_rejections
 from pipeline.run_command import run
 from pipeline.run_log import log_to_stderr
@@ -60,7 +61,8 @@ def plan(
         store = open_store(job.config.output.url)
         found = make_plan(job, store)
         coming = estimate(found, store)
-    for line in plan_lines(found, coming):
+        failed = given_up(found, store)
+    for line in plan_lines(found, coming, failed):
         print(line)
 
 
@@ -232,14 +234,30 @@ def _print_rejections(url: str, key: str | None) -> None:
                 print(json.dumps({"shard": shard, **asdict(sample)}))
 
 
-def plan_lines(plan: Plan, coming: Estimate | None) -> Iterator[str]:
-    """Yield what a run would do in words."""
+def plan_lines(
+    plan: Plan, coming: Estimate | None, failed: Mapping[str, str] | None = None
+) -> Iterator[str]:
+    """Yield what a run would do in words.
+
+    Args:
+        plan: what is done and what is to do.
+        coming: what that will come to.
+        failed: why earlier runs gave up shards that are to do, by URL.
+    """
     yield (
         f"{len(plan.shards)} shards: {plan.num_done} done, {len(plan.todo)} to do "
         f"({plan.todo_bytes / 1e6:.1f} MB)"
     )
     if plan.todo:
         yield f"of those to do {plan.num_new} are new, {len(plan.todo) - plan.num_new} changed"
+    if failed:
+        counts = Counter(failed.values())
+        reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(counts.items()))
+        urls = sorted(failed)
+        yield (
+            f"{len(failed)} of those to do failed in earlier runs ({reasons}): "
+            f"{', '.join(urls[:5])}{', ...' if len(urls) > 5 else ''}"
+        )
     if plan.changed and not {*plan.changed} & {*plan.todo}:
         yield f"{len(plan.changed)} changed shards stay as they were carved"
     if plan.removed:

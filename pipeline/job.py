@@ -3,6 +3,7 @@
 import importlib.metadata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, TypeVar
 
 from pipeline import __version__, carvers, codecs, encoders
@@ -34,7 +35,7 @@ class Job:
     decode: DecodeOptions
     settings: Mapping[str, Any]  # whatever changes stored values, as JSON
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """16 hex digits of `settings`."""
         return layout.fingerprint(self.settings)

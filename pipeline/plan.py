@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline.cache import layout
-from pipeline.cache.commit import check_identity, list_committed
+from pipeline.cache.commit import check_identity
 from pipeline.errors import ConfigError
 from pipeline.job import Job
-from pipeline.run_report import read_summaries
+from pipeline.run_report import open_failures, read_summaries
 from pipeline.source import expand_shards, shard_id
 from pipeline.storage import Store
 from pipeline.types import ShardRef
@@ -66,12 +66,20 @@ def make_plan(job: Job, store: Store) -> Plan:
     shards = expand_shards(
         job.config.input.shards, allow_list_schemes=job.config.input.allow_list_schemes
     )
-    committed = list_committed(store)
-    ids = {shard: shard_id(shard) for shard in shards}
-    works = {ids[shard]: job.work_fingerprint(shard) for shard in shards}
-    todo = [s for s in shards if (ids[s], works[ids[s]]) not in committed]
-    before = {known for known, _ in committed}
-    changed = [s for s in todo if ids[s] in before]
+    known = {name for name in store.list_names(layout.COMMITS) if layout.parse_commit_path(name)}
+    works: dict[str, str] = {}
+    todo: list[ShardRef] = []
+    for shard in shards:
+        found, work = shard_id(shard), job.work_fingerprint(shard)
+        works[found] = work
+        record = layout.commit_path(found, work).rpartition("/")[2]
+        if record in known:
+            known.remove(record)
+        else:
+            todo.append(shard)
+    # What is left are commits of shards as they were, or of shards that are gone.
+    before = {parsed[0] for name in known if (parsed := layout.parse_commit_path(name))}
+    changed = [shard for shard in todo if shard_id(shard) in before] if before else []
     on_changed = job.config.input.on_changed
     if changed and on_changed == "error":
         named = ", ".join(s.url for s in changed[:_MAX_NAMED])
@@ -81,17 +89,23 @@ def make_plan(job: Job, store: Store) -> Plan:
             "back, or carve them again or leave them as they were by input.on_changed=reprocess or "
             "ignore"
         )
-    if on_changed == "ignore":
-        left = {ids[shard] for shard in changed}
-        todo = [shard for shard in todo if ids[shard] not in left]
-        works = {known: work for known, work in works.items() if known not in left}
-    return Plan(
-        shards=shards,
-        todo=todo,
-        changed=changed,
-        removed=sorted(before - {*ids.values()}),
-        works=works,
-    )
+    removed = sorted(before - works.keys())
+    if changed and on_changed == "ignore":
+        left = {*changed}
+        todo = [shard for shard in todo if shard not in left]
+        for shard in changed:
+            del works[shard_id(shard)]
+    return Plan(shards=shards, todo=todo, changed=changed, removed=removed, works=works)
+
+
+def given_up(plan: Plan, store: Store) -> Mapping[str, str]:
+    """Return the shards to do that one of the last 100 runs gave up: the latest reason by URL.
+
+    Raises:
+        CacheFormatError: the failures of a run cannot be read.
+    """
+    reasons = open_failures(store) if plan.todo else {}
+    return {s.url: reasons[s.url] for s in plan.todo if s.url in reasons}
 
 
 def estimate(plan: Plan, store: Store) -> Estimate | None:

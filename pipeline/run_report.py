@@ -260,15 +260,20 @@ def read_failures(store: Store, run_id: str) -> Mapping[str, int]:
     return Counter(_failures(store, run_id)["reason"].to_pylist())
 
 
-def open_failures(store: Store) -> set[str]:
-    """Return the URLs of the shards that the last 100 runs gave up; a commit since is not seen.
+def open_failures(store: Store) -> Mapping[str, str]:
+    """Return the shards that the last 100 runs gave up, the latest reason by URL.
+
+    A commit since is not seen.
 
     Raises:
         CacheFormatError: the failures of a run cannot be read.
     """
     run_ids = store.list_names(layout.RUNS)[-_MAX_RUNS:]
     tables = in_order(lambda run_id: _failures(store, run_id), run_ids)
-    return {url for table in tables for url in table["shard"].to_pylist()}
+    reasons: dict[str, str] = {}
+    for table in tables:
+        reasons.update(zip(table["shard"].to_pylist(), table["reason"].to_pylist(), strict=True))
+    return reasons
 
 
 def _failures(store: Store, run_id: str) -> pa.Table:

@@ -1,20 +1,28 @@
 """What a run would do: new, changed, removed and done shards, and what they will come to."""
 
+import builtins
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
+from typer.testing import CliRunner
 
 from pipeline import open_cache
 from pipeline.cache import layout
 from pipeline.cache.commit import Commit, claim_identity
 from pipeline.cache.snapshot import build_snapshot
 from pipeline.carve_shard import ShardCarver
-from pipeline.cli import plan_lines
+from pipeline.cli import app, plan_lines
+from pipeline.demo.model import copy_model
 from pipeline.errors import CacheFormatError, ConfigError
 from pipeline.job import Job, resolve_job
-from pipeline.plan import Plan, estimate, make_plan
-from pipeline.run_report import RunReport
-from pipeline.storage import Store, open_store
+from pipeline.plan import Plan, estimate, given_up, make_plan
+from pipeline.run_report import FailedShard, RunReport
+from pipeline.source import shard_id
+from pipeline.storage import Entry, Store, open_store
+from tests.cache.indexes import commit_index
 from tests.fakes import FakeEncoder, encoded_image, fake_config, write_corpus, write_tar
 
 
@@ -148,6 +156,138 @@ def test_an_estimate_comes_from_the_last_run_with_images(corpus: Path) -> None:
     stored = sum(c.bytes_tokens for c in commits) / 12
     assert coming.output_bytes == pytest.approx(plan.todo_bytes / per_image * stored, abs=1)
     assert f"about {coming.images} images" in "\n".join(plan_lines(plan, coming))
+
+
+def failed(shard: str, reason: str) -> FailedShard:
+    return FailedShard(shard=shard, reason=reason, message="", attempts=1)
+
+
+def test_shards_given_up_are_named_until_a_commit_covers_them(corpus: Path) -> None:
+    job = job_of(corpus)
+    store = store_of(job)
+    first, second, third = (s.url for s in make_plan(job, store).shards)
+    runs = (
+        ("20260101T000000-aaaaaa", [failed(first, "truncated"), failed(second, "storage")]),
+        ("20260102T000000-bbbbbb", []),
+        ("20260103T000000-cccccc", [failed(first, "too_many_rejected"), failed("gone.tar", "x")]),
+    )
+    for run_id, failures in runs:
+        RunReport(run_id=run_id, failed=failures).save(store)
+    before = {entry.path: entry.etag for entry in store.list()}
+
+    plan = make_plan(job, store)
+    known = given_up(plan, store)
+
+    assert known == {first: "too_many_rejected", second: "storage"}
+    said = "\n".join(plan_lines(plan, None, known))
+    assert "2 of those to do failed in earlier runs (storage 1, too_many_rejected 1)" in said
+    assert first in said and second in said and third not in said
+    assert {entry.path: entry.etag for entry in store.list()} == before
+    carver = ShardCarver(job)
+    carver.load()
+    carver.carve(plan.todo[0])
+    carver.close()
+    plan = make_plan(job, store)
+    assert given_up(plan, store) == {second: "storage"}
+    (corpus / Path(second).name).unlink()
+    assert given_up(make_plan(job, store), store) == {}
+
+
+def test_damaged_failures_are_named(corpus: Path) -> None:
+    job = job_of(corpus)
+    store = store_of(job)
+    store.put(layout.run_path("20260101T000000-aaaaaa", "failures.parquet"), b"PAR1")
+
+    with pytest.raises(CacheFormatError, match=r"aaaaaa/failures\.parquet is damaged"):
+        given_up(make_plan(job, store), store)
+
+
+def test_the_command_shows_what_failed_and_changes_nothing(tmp_path: Path) -> None:
+    copy_model(tmp_path / "model")
+    write_corpus(tmp_path / "in", num_shards=2, num_images=1)
+    values = {
+        "input": {"shards": str(tmp_path / "in")},
+        "output": {"url": str(tmp_path / "cache")},
+        "encoder": {"name": "llava", "options": {"model": str(tmp_path / "model")}},
+        "carver": {"name": "uniform_grid", "options": {"keep_tokens": 4}},
+        "codec": {"name": "int8"},
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    store = open_store(str(tmp_path / "cache"))
+    report = RunReport(failed=[failed(str(tmp_path / "in" / "shard-00001.tar"), "truncated")])
+    report.save(store)
+    before = {entry.path: entry.etag for entry in store.list()}
+
+    result = CliRunner().invoke(app, ["plan", "--config", str(tmp_path / "run.yaml")])
+
+    assert result.exit_code == 0, result.output
+    assert "1 of those to do failed in earlier runs (truncated 1)" in result.output
+    assert {entry.path: entry.etag for entry in store.list()} == before
+
+
+class Watched(Store):
+    """Counts what is asked of it."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.asked: Counter[str] = Counter()
+
+    def read(self, path: str) -> bytes:
+        self.asked[f"read {path.split('/')[0]}"] += 1
+        return super().read(path)
+
+    def read_range(self, path: str, offset: int, length: int) -> bytes:
+        self.asked[f"read {path.split('/')[0]}"] += 1
+        return super().read_range(path, offset, length)
+
+    def list(self, prefix: str = "", *, temporary: bool = False) -> Iterator[Entry]:
+        self.asked[f"list {prefix}"] += 1
+        return super().list(prefix, temporary=temporary)
+
+    def list_names(self, prefix: str = "") -> builtins.list[str]:
+        self.asked[f"list {prefix}"] += 1
+        return super().list_names(prefix)
+
+    def size(self, path: str) -> int:
+        self.asked[f"stat {path.split('/')[0]}"] += 1
+        return super().size(path)
+
+
+def test_a_run_with_nothing_to_do_asks_the_store_as_little_for_1000_shards_as_for_one(
+    tmp_path: Path,
+) -> None:
+    asked = []
+    for count in (1, 1000):
+        corpus = tmp_path / f"{count}" / "in"
+        corpus.mkdir(parents=True)
+        for number in range(count):
+            (corpus / f"shard-{number:05d}.tar").write_bytes(bytes(1024))
+        store = Watched(f"memory://no-op-{count}-{tmp_path.name}")
+        config = fake_config(corpus, tmp_path, output={"url": store.url})
+        job = resolve_job(config, encoder=FakeEncoder())
+        claim_identity(store, job.identity)
+        for shard in make_plan(job, store).todo:
+            keys = [f"{shard_id(shard)}-{row}" for row in range(2)]
+            commit_index(store, shard_id(shard), keys, work=job.work_fingerprint(shard))
+        snapshot = build_snapshot(store)
+        assert snapshot.num_rows == 2 * count
+        store.asked.clear()
+
+        plan = make_plan(job, store)
+        assert (len(plan.shards), plan.num_done, plan.todo) == (count, count, [])
+        assert given_up(plan, store) == {}
+        assert build_snapshot(store, plan.works) == snapshot
+        asked.append(store.asked)
+
+    assert asked[0] == asked[1]
+    assert asked[1] == {
+        "stat carve.json": 2,  # is it there, and before it is read
+        "read carve.json": 1,
+        "list commits": 2,  # of the plan, of the snapshot
+        "list snapshots": 1,
+        "stat snapshots": 1,
+        "read snapshots": 1,
+    }
 
 
 def test_a_damaged_summary_is_named(corpus: Path) -> None:

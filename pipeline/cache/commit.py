@@ -105,8 +105,8 @@ def list_records(store: Store) -> list[Entry]:
 
 def list_committed(store: Store) -> set[tuple[str, str]]:
     """Return (shard id, work fingerprint) of every commit, by one listing and no reads."""
-    paths = (layout.parse_commit_path(entry.path) for entry in list_records(store))
-    return {found for found in paths if found is not None}
+    names = store.list_names(layout.COMMITS)
+    return {found for name in names if (found := layout.parse_commit_path(name)) is not None}
 
 
 def read_commits(store: Store, records: Iterable[Entry] | None = None) -> Iterator[Commit]:

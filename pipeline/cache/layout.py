@@ -13,6 +13,8 @@ import pyarrow as pa
 
 FORMAT_VERSION = 1
 
+_JSON = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
 IDENTITY_PATH = "carve.json"
 COMMITS = "commits"
 SNAPSHOTS = "snapshots"
@@ -173,7 +175,7 @@ def run_path(run_id: str, name: str) -> str:
 
 def dump_json(value: Any) -> bytes:  # noqa: ANN401  (any JSON value)
     """Return canonical JSON: sorted keys, no spaces, UTF-8."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    return _JSON.encode(value).encode()
 
 
 def fingerprint(value: Any) -> str:  # noqa: ANN401  (any JSON value)
