@@ -11,6 +11,7 @@ from fsspec.core import split_protocol
 from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.errors import ConfigError, without_secrets
+from pipeline.storage import _local
 from pipeline.storage._driver import AZURE, GCS, S3, open_filesystem
 
 _EXTRAS = dict.fromkeys(S3, "s3") | dict.fromkeys(GCS, "gcs") | dict.fromkeys(AZURE, "azure")
@@ -74,8 +75,7 @@ class Backend:
             FileNotFoundError: a local file has just gone.
         """
         if self.is_local:
-            stat = os.stat(path)
-            return f"{stat.st_mtime_ns:x}-{stat.st_size:x}"
+            return _local.etag(os.stat(path))
         if self.is_memory:
             created = info["created"]
             seconds = created if isinstance(created, float) else created.timestamp()

@@ -10,6 +10,24 @@ from typing import BinaryIO
 TEMPORARY_SUFFIX = ".carve-tmp"  # what a killed writer may leave behind
 
 
+def etag(stat: os.stat_result) -> str:
+    """Return what changes when a file's content does."""
+    return f"{stat.st_mtime_ns:x}-{stat.st_size:x}"
+
+
+def find(path: str) -> list[str]:
+    """Return the paths of all files below a folder, or of the one file, sorted."""
+    if os.path.isfile(path):
+        return [path]
+    walked = os.walk(path, onerror=_raise, followlinks=True)
+    return sorted(os.path.join(folder, name) for folder, _, names in walked for name in names)
+
+
+def _raise(err: OSError) -> None:
+    if not isinstance(err, FileNotFoundError):  # deleted meanwhile, or never there
+        raise err
+
+
 def write_once(path: str, data: bytes) -> None:
     """Create a whole file, atomically, if none is there.
 
