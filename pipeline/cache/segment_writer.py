@@ -23,6 +23,7 @@ Put = Callable[[str, pa.Table], StoredTable]
 _FILE_ROWS = 1 << 18  # of one file of an index: some 10 MB
 _GROUP_ROWS = 1 << 12  # what is read to find one key: some 100 kB
 _RUN_ROWS = 1 << 20  # sorted in memory at once; about 100 bytes each
+_MAX_SMALL = 256  # tables
 _MAX_RUNS = 64  # merged at once
 _SMALL_ROWS = 1 << 15  # rewriting fewer rows than this is not worth avoiding
 
@@ -34,6 +35,7 @@ class NewRows:
         self.shards: dict[str, list[Any]] = {name: [] for name in layout.SHARDS_SCHEMA.names}
         self._files: dict[str, list[Any]] = {name: [] for name in layout.FILES_SCHEMA.names}
         self._runs: list[Spool] = []
+        self._small: list[pa.Table] = []  # one of each commit; a table of few rows takes 20 kB
         self._unsorted: list[pa.Table] = []
         self._num_unsorted = 0
         self.num_rows = 0
@@ -56,7 +58,9 @@ class NewRows:
         values = (commit.shard_id, commit.work_fingerprint, commit.attempt, etag)
         _append(self.shards, (*values, index.num_rows, tokens))
         file = pc.add(index["part"], pa.scalar(first, pa.int32()))
-        self._unsorted.append(index.append_column(layout.SEGMENT_SCHEMA.field("file"), file))
+        self._small.append(index.append_column(layout.SEGMENT_SCHEMA.field("file"), file))
+        if len(self._small) == _MAX_SMALL:
+            self._join_small()
         self._num_unsorted += index.num_rows
         self.num_rows += index.num_rows
         if self._num_unsorted >= _RUN_ROWS:
@@ -77,12 +81,18 @@ class NewRows:
 
     def streams(self) -> list[Iterable[pa.Table]]:
         """Return streams of rows sorted by key; may be called again and again."""
-        if len(self._unsorted) > 1:
+        if self._small or len(self._unsorted) > 1:
             self._unsorted = [self._sort()]
         last = [_pieces(table, _RUN_ROWS // _MAX_RUNS) for table in self._unsorted]
         return [*_streams(self._runs), *last]
 
+    def _join_small(self) -> None:
+        if self._small:
+            self._unsorted.append(pa.concat_tables(self._small).combine_chunks())
+            self._small = []
+
     def _sort(self) -> pa.Table:
+        self._join_small()
         table = pa.concat_tables(self._unsorted).sort_by(ORDER)
         self._unsorted, self._num_unsorted = [], 0
         return table

@@ -26,7 +26,14 @@ from tests.cache.indexes import commit_index
 from tests.cache.make_v1 import FOLDER
 from tests.cache.rows import IDENTITY, commit_rows, make_row
 
-SMALL = {"_FILE_ROWS": 8, "_GROUP_ROWS": 2, "_RUN_ROWS": 16, "_MAX_RUNS": 4, "_SMALL_ROWS": 2}
+SMALL = {
+    "_FILE_ROWS": 8,
+    "_MAX_SMALL": 2,
+    "_GROUP_ROWS": 2,
+    "_RUN_ROWS": 16,
+    "_MAX_RUNS": 4,
+    "_SMALL_ROWS": 2,
+}
 
 
 @contextlib.contextmanager
