@@ -253,11 +253,11 @@ class Watched(Store):
         return super().size(path)
 
 
-def test_a_run_with_nothing_to_do_asks_the_store_as_little_for_1000_shards_as_for_one(
+def test_a_run_with_nothing_to_do_asks_the_store_as_little_for_400_shards_as_for_one(
     tmp_path: Path,
 ) -> None:
     asked = []
-    for count in (1, 1000):
+    for count in (1, 400):
         corpus = tmp_path / f"{count}" / "in"
         corpus.mkdir(parents=True)
         for number in range(count):

@@ -37,6 +37,7 @@ class NewRows:
         self._runs: list[Spool] = []
         self._small: list[pa.Table] = []  # one of each commit; a table of few rows takes 20 kB
         self._unsorted: list[pa.Table] = []
+        self._last: list[pa.Table] = []  # the last run, sorted
         self._num_unsorted = 0
         self.num_rows = 0
 
@@ -80,10 +81,10 @@ class NewRows:
         return pa.table(self._files, schema=layout.FILES_SCHEMA)
 
     def streams(self) -> list[Iterable[pa.Table]]:
-        """Return streams of rows sorted by key; may be called again and again."""
-        if self._small or len(self._unsorted) > 1:
-            self._unsorted = [self._sort()]
-        last = [_pieces(table, _RUN_ROWS // _MAX_RUNS) for table in self._unsorted]
+        """Return streams of rows sorted by key, once all are added; may be called again."""
+        if self._num_unsorted:
+            self._last = [self._sort()]
+        last = [_pieces(table, _RUN_ROWS // _MAX_RUNS) for table in self._last]
         return [*_streams(self._runs), *last]
 
     def _join_small(self) -> None:
