@@ -8,6 +8,7 @@ dropped from the segment that has it, by name. So a few new shards cost a few, n
 
 import contextlib
 import itertools
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -163,6 +164,7 @@ class _Build:
             num_duplicates=hidden.num_rows,
             duplicates=tuple(zip(*pairs.values(), strict=True)),
             hidden=self._put_hidden(hidden),
+            created_at=time.time(),
             records=_listing(records),
             choices=choices,
         )

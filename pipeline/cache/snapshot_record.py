@@ -7,7 +7,6 @@ snapshots/<n>/index-<id>-<m>.parquet      key -> file and place, sorted by key
 snapshots/<n>/hidden-<id>.parquet         rows with the key of an earlier shard, if there are any
 """
 
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -73,8 +72,8 @@ class Snapshot:
     num_tokens: int
     num_duplicates: int  # rows hidden because an earlier shard has the same key
     duplicates: tuple[tuple[str, str], ...]  # (key, shard hidden), the first 100
+    created_at: float  # Unix time
     hidden: StoredTable | None = None  # all of them, if there are any
-    created_at: float = field(default_factory=time.time)
     records: str = ""
     """Fingerprint of the listing of commit records it was made from; "" where it is not known."""
     choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
