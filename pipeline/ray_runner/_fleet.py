@@ -211,8 +211,10 @@ class Fleet:
             for reference, answer in answers.items()
             if isinstance(answer, Commit)
         ]
-        ready = [member.handle for member in self.members if member.loading is None]
-        words = [h.status.options(concurrency_group="control").remote() for h in ready]
+        ready = [member for member in self.members if member.loading is None]
+        # An answer that is on its way already has the lines up to then.
+        words = [member.status for member in ready if member.status is not None]
+        words += [m.handle.status.options(concurrency_group="control").remote() for m in ready]
         for status in _answers(words, within_s / 2).values():
             if isinstance(status, ActorStatus):
                 run_log.replay(status.log)
