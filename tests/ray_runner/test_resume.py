@@ -35,7 +35,7 @@ def test_a_corpus_is_carved_and_a_second_run_has_nothing_to_do(tmp_path: Path) -
 
 
 def test_only_what_earlier_runs_gave_up_is_tried_again_if_asked_to(tmp_path: Path) -> None:
-    first = run(tmp_path, "raise_always", max_attempts=1)
+    first = run(tmp_path, "raise_always", max_attempts=2)
     write_tar(tmp_path / "in" / "shard-00009.tar", [("new.jpg", encoded_image(5))])
 
     again = run_job(make_job(tmp_path), retry_failed=True)
