@@ -187,7 +187,7 @@ def _front(results: Results) -> Table:
     variants = stored_variants(results)
     places = [(results.mean(v, "bytes").mean, results.mean(v, "accuracy").mean) for v in variants]
     files = results.mean(variants[0], "jpeg_bytes").mean
-    rows: list[tuple[float, list[str]]] = [(files, ["**the JPEG files**", "", "", "", ""])]
+    rows: list[tuple[float, list[str]]] = [(files, ["the JPEG files", "", "", "", ""])]
     for index in pareto_front(places):
         variant = variants[index]
         rows.append((places[index][0], _front_row(results, variant)))

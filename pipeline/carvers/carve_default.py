@@ -13,7 +13,7 @@ like it than the mean of the rest. The rest becomes means of runs of tokens. Siz
 model that is told places and sizes (placement `weighted` of `consumers.hf`) the image is nearly
 what it was.
 
-Source: this project; `benchmarks/fidelity.py` measures it. The weight is that of Cen-Prune, the
+Source: this project, measured in `benchmarks/fidelity.md`. The weight is that of Cen-Prune, the
 picks are the greedy ones of a determinantal point process (Kulesza and Taskar, arXiv 1207.6083),
 merging and sizes follow ToMe (arXiv 2210.09461) and RESTORE (arXiv 2606.01711); the distance in the
 grid, the sharpness, and how the budget is shared with the background are added.

@@ -13,7 +13,7 @@ from pipeline.evaluation.settings import EvaluationConfig, parse_evaluation
 
 RUN_FILE = "run.yaml"
 
-_CARVERS = "tokencarve,tokencarve_floor,divprune,visionzip,prumerge_plus"
+_CARVERS = "carve_default,vqtoken,scope,cenprune,divprune"
 _BUDGETS = "1/2,1/3,2/9,1/9,1/18"
 
 
