@@ -20,8 +20,6 @@ from tests.encoders.tiny_models import save_llava
 from tests.fakes import write_corpus
 from tests.servers.fixtures import bucket_on
 
-pytestmark = pytest.mark.servers
-
 REASONS = {
     "swift": r"does not support put-if-absent .*Conditional object PUTs are not supported",
     "rclone": r"ignores put-if-absent \(it let a second writer replace an object\)",

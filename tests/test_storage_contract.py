@@ -13,8 +13,6 @@ from pipeline.storage import find_inputs, open_input, open_store, read_input, st
 from pipeline.types import ShardRef
 from tests.storage_fixtures import names, read_all
 
-pytestmark = pytest.mark.servers
-
 FIXTURES = {"remote": "flaky", "radosgw": "s3_url", "azurite": "azure_url"}
 
 

@@ -10,8 +10,6 @@ from pipeline.storage import _retry, _store, open_store
 from tests.servers.clients import client_environment
 from tests.servers.fixtures import empty_place
 
-pytestmark = pytest.mark.servers
-
 DATA = os.urandom(12 * 2**20)
 
 

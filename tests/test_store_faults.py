@@ -16,8 +16,6 @@ from pipeline.storage import _driver, _retry, open_input, open_store, stat_input
 from tests.cache.rows import IDENTITY, commit_rows, make_row
 from tests.servers.fixtures import proxied_bucket_on
 
-pytestmark = pytest.mark.servers
-
 DATA = os.urandom(1_000_003)
 
 

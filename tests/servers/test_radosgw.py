@@ -5,8 +5,6 @@ import pytest
 
 from tests.servers.clients import client_environment
 
-pytestmark = pytest.mark.servers
-
 
 def test_signatures_are_checked(radosgw, s3_url):
     with client_environment({**radosgw.environment(), "AWS_SECRET_ACCESS_KEY": "wrong"}):
