@@ -259,6 +259,7 @@ def test_a_url_that_cannot_be_used_is_refused(url, message):
 def test_a_store_without_any_credentials_is_a_configuration_error(monkeypatch):
     for name in [name for name in os.environ if name.startswith("AZURE_")]:
         monkeypatch.delenv(name)
+    fsspec.get_filesystem_class("az").clear_instance_cache()  # one made with credentials
 
     with pytest.raises(ConfigError, match=r"cannot open az://b/c: .*see docs/stores\.md"):
         open_store("az://b/c").check_writable()
