@@ -6,7 +6,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -181,3 +181,12 @@ def dump_json(value: Any) -> bytes:  # noqa: ANN401  (any JSON value)
 def fingerprint(value: Any) -> str:  # noqa: ANN401  (any JSON value)
     """Return 16 hex digits that identify a JSON value."""
     return hashlib.sha256(dump_json(value)).hexdigest()[:16]
+
+
+def fingerprint_of_list(values: Iterable[Any]) -> str:
+    """Return the `fingerprint` of a list of JSON values, which need not be in memory at once."""
+    digest = hashlib.sha256(b"[")
+    for number, value in enumerate(values):
+        digest.update(b"," + dump_json(value) if number else dump_json(value))
+    digest.update(b"]")
+    return digest.hexdigest()[:16]

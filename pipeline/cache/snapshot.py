@@ -329,15 +329,22 @@ def _all_but_first(rows: pa.Table) -> pa.Table:
 
 def _listing(records: Sequence[Entry]) -> str:
     # With the etag: a record may have been removed and its shard carved again.
-    return layout.fingerprint([(record.path, record.etag) for record in records])
+    return layout.fingerprint_of_list((record.path, record.etag) for record in records)
 
 
 def _shards_with_several(records: Sequence[Entry]) -> dict[str, list[str]]:
-    """Return the sorted work fingerprints of each shard that has several commits."""
+    """Return the sorted work fingerprints of each shard that has several commits.
+
+    Args:
+        records: sorted by path, so that those of one shard follow each other.
+    """
     found: dict[str, list[str]] = {}
-    for shard_id, work in sorted(filter(None, (layout.parse_commit_path(r.path) for r in records))):
-        found.setdefault(shard_id, []).append(work)
-    return {shard_id: works for shard_id, works in found.items() if len(works) > 1}
+    parsed = (layout.parse_commit_path(record.path) for record in records)
+    for shard, group in itertools.groupby(filter(None, parsed), key=lambda record: record[0]):
+        works = [work for _, work in group]
+        if len(works) > 1:
+            found[shard] = works
+    return found
 
 
 def _preferred(

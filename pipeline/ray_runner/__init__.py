@@ -5,9 +5,11 @@ the driver owns attempts, so that each carries its number, its cause and its bat
 commit protocol alone makes a shard count once.
 """
 
+import importlib
 import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
 
 from pipeline import run_log
 from pipeline.cache.commit import claim_identity, list_committed
@@ -16,10 +18,6 @@ from pipeline.errors import CacheFormatError, StorageError
 from pipeline.job import Job
 from pipeline.notify import Notifier
 from pipeline.plan import Plan, make_plan
-from pipeline.ray_runner._cluster import connected, local_cluster
-from pipeline.ray_runner._driver import Driver
-from pipeline.ray_runner._evaluation import evaluate_on_ray
-from pipeline.ray_runner._metrics import METRICS
 from pipeline.run_log import about
 from pipeline.run_report import FailedShard, RunReport, open_failures
 from pipeline.source import shard_id
@@ -27,9 +25,23 @@ from pipeline.stop_signal import StopRequestedError, StopSignals
 from pipeline.storage import Store, open_store
 from pipeline.types import ShardRef
 
+if TYPE_CHECKING:
+    from pipeline.ray_runner._cluster import local_cluster
+    from pipeline.ray_runner._evaluation import evaluate_on_ray
+    from pipeline.ray_runner._metrics import METRICS
+
 __all__ = ["METRICS", "evaluate_on_ray", "local_cluster", "run_job"]
 
 logger = logging.getLogger(__name__)
+
+_HOME = {"METRICS": "_metrics", "evaluate_on_ray": "_evaluation", "local_cluster": "_cluster"}
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401  (any public name)
+    """Import what needs Ray when it is first used: a run with nothing to do does without."""
+    if name in _HOME:
+        return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def run_job(job: Job, *, retry_failed: bool = False) -> RunReport:
@@ -83,6 +95,9 @@ class _Run:
             store.check_writable()
             claim_identity(store, self.job.identity)
         if todo:
+            from pipeline.ray_runner._cluster import connected
+            from pipeline.ray_runner._driver import Driver
+
             try:
                 with connected(signals):
                     Driver(job=self.job, todo=todo, report=report, signals=signals).run()

@@ -283,3 +283,8 @@ def test_a_wanted_work_without_a_record_leaves_the_newest(store: Store) -> None:
     both_versions(store)
 
     assert keys_of(store, build_snapshot(store, wanted={"s": "v9", "unknown": "v1"})) == ["o", "v2"]
+
+
+@pytest.mark.parametrize("values", [[], [["a", "\u00e9"]], [["a", ""], ["b", "x"], [1, None]]])
+def test_a_list_has_the_fingerprint_it_has_as_a_whole(values: list[list[object]]) -> None:
+    assert layout.fingerprint_of_list(iter(values)) == layout.fingerprint(values)
