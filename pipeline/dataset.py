@@ -118,8 +118,8 @@ class CarvedDataset(IterableDataset[PackedRow]):
     The order of an epoch depends on `seed` and the epoch alone: row groups are permuted, then
     the rows within each. Rank r of R with W workers a rank cuts that order into R * W runs of
     equal length, give or take one row, and each worker reads one: so ranks may differ by a few
-    rows at the end of an epoch, and none is padded or dropped. A worker holds some 100 bytes for
-    each row group and some 300 for each part of the cache, and nothing for a row.
+    rows at the end of an epoch, and none is padded or dropped. A worker holds up to 2 kB
+    for each part of the cache (`benchmarks/scale.md`), and of the index no more than 2^20 rows.
 
     Args:
         cache: made by `open_cache`.
