@@ -1,7 +1,6 @@
 """Fixtures and the silence that all tests run in."""
 
 import os
-import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.network import isolate
+from tests.servers.process import free_ports
 
 ROOT = Path(__file__).parents[1]
 
@@ -45,12 +45,6 @@ def _silent_environment() -> dict[str, str]:
 os.environ.update(_silent_environment())
 
 
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
 def pytest_xdist_auto_num_workers() -> int:
     """Return how many processes share the tests; more than four would mostly import torch."""
     return min(4, os.cpu_count() or 1)
@@ -71,7 +65,7 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         log_to_driver=False,
         logging_level="ERROR",
         object_store_memory=100 << 20,
-        _metrics_export_port=_free_port(),
+        _metrics_export_port=free_ports(1)[0],
         _system_config={"metrics_report_interval_ms": 1000},
         _temp_dir=tempfile.mkdtemp(prefix="ray-", dir="/tmp"),
         runtime_env={"env_vars": {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}},

@@ -1,11 +1,14 @@
 """Fixtures of the storage tests: a store that fails as it is told to, and plain ones."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
+from pipeline.errors import AlreadyExistsError
 from pipeline.storage import open_input, open_store, stat_input
 
 
@@ -99,3 +102,25 @@ def read_all(url, step):
 
 def names(store, prefix=""):
     return [entry.path for entry in store.list(prefix)]
+
+
+def race(store, *, writers, keys):
+    """Let threads create each key at the same moment; return the (key, writer) that won."""
+    barrier = threading.Barrier(writers, timeout=60)
+
+    def write(writer):
+        won = []
+        for key in range(keys):
+            barrier.wait()
+            with suppress(AlreadyExistsError):
+                store.put_once(f"k{key}", written_by(writer))
+                won.append((key, writer))
+        return won
+
+    with ThreadPoolExecutor(writers) as pool:
+        return [win for won in pool.map(write, range(writers)) for win in won]
+
+
+def written_by(writer):
+    """Return what a writer of `race` writes."""
+    return f"{writer}".encode() * 100

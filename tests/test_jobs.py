@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,7 @@ from pipeline.storage import open_store
 from tests.conftest import ROOT
 from tests.encoders.tiny_models import save_llava
 from tests.fakes import encoded_image, write_corpus, write_tar
+from tests.servers.process import free_ports
 
 pytestmark = pytest.mark.ray
 
@@ -63,12 +63,6 @@ def start(*command: object, **environment: str) -> subprocess.CompletedProcess[s
         timeout=240,
         check=False,
     )
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 def test_the_script_runs_a_config_and_says_when_nothing_is_left(
@@ -177,8 +171,9 @@ def test_sigterm_ends_the_script_with_75_and_the_same_command_resumes(
 @contextlib.contextmanager
 def head_node(folder: Path) -> Iterator[tuple[str, str]]:
     """Start a Ray head with two pretended GPUs; yield the addresses of cluster and dashboard."""
-    ports = {name: free_port() for name in ("gcs", "dashboard", "client", "agent", "metrics")}
-    low = 20000 + os.getpid() % 10000  # below the ports that free_port() is given
+    names = ("gcs", "dashboard", "client", "agent", "metrics")
+    ports = dict(zip(names, free_ports(len(names)), strict=True))
+    low = 20000 + os.getpid() % 10000  # below the ports that free_ports() is given
     command = [
         *(BIN / "ray", "start", "--head", "--block", "--num-cpus=4", "--num-gpus=2"),
         *("--node-ip-address=127.0.0.1", f"--port={ports['gcs']}"),

@@ -2,16 +2,13 @@
 
 import io
 import pickle
-import threading
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 
 import pytest
 
 from pipeline.errors import AlreadyExistsError, NotFoundError, StorageError
 from pipeline.storage import find_inputs, open_input, open_store, read_input, stat_input
 from pipeline.types import ShardRef
-from tests.storage_fixtures import names, read_all
+from tests.storage_fixtures import names, race, read_all, written_by
 
 FIXTURES = {"remote": "flaky", "radosgw": "s3_url", "azurite": "azure_url"}
 
@@ -155,22 +152,10 @@ def test_put_once_creates_and_then_refuses(store):
 
 
 def test_of_eight_racing_threads_exactly_one_wins_each_key(store):
-    barrier = threading.Barrier(8, timeout=30)
-
-    def race(writer):
-        won = []
-        for key in range(20):
-            barrier.wait()
-            with suppress(AlreadyExistsError):
-                store.put_once(f"k{key}", f"{writer}".encode() * 100)
-                won.append((key, writer))
-        return won
-
-    with ThreadPoolExecutor(8) as pool:
-        wins = [win for won in pool.map(race, range(8)) for win in won]
+    wins = race(store, writers=8, keys=20)
 
     assert sorted(key for key, _ in wins) == list(range(20))
-    assert all(store.read(f"k{key}") == f"{writer}".encode() * 100 for key, writer in wins)
+    assert all(store.read(f"k{key}") == written_by(writer) for key, writer in wins)
 
 
 def test_a_good_store_passes_the_check_and_keeps_nothing_of_it(store):

@@ -9,6 +9,7 @@ from pipeline.errors import AlreadyExistsError, StorageError
 from pipeline.storage import _retry, _store, open_store
 from tests.servers.clients import client_environment
 from tests.servers.fixtures import empty_place
+from tests.servers.radosgw import make_certificate
 
 DATA = os.urandom(12 * 2**20)
 
@@ -22,7 +23,7 @@ def part(tmp_path, monkeypatch):
 
 
 def test_over_tls_an_older_server_takes_everything_without_any_setting(radosgw, part):
-    with client_environment(radosgw.environment(radosgw.tls_url)):
+    with client_environment(radosgw.tls_environment()):
         store = open_store(empty_place(radosgw))
         store.check_writable()
         store.put("a", b"0123456789")
@@ -37,7 +38,7 @@ def test_over_tls_an_older_server_takes_everything_without_any_setting(radosgw, 
 
 def test_checksums_that_the_environment_asks_for_are_sent(radosgw):
     wanted = {"AWS_REQUEST_CHECKSUM_CALCULATION": "when_supported"}
-    with client_environment({**radosgw.environment(radosgw.tls_url), **wanted}):
+    with client_environment({**radosgw.tls_environment(), **wanted}):
         store = open_store(empty_place(radosgw))
         with pytest.raises(StorageError, match=r"\[Errno 22\]"):  # Ceph 16 refuses such requests
             store.put("a", b"1")
@@ -60,3 +61,16 @@ def test_an_upload_of_several_parts_that_breaks_off_is_whole_in_the_end(
     bucket, _, prefix = url.removeprefix("s3://").partition("/")
     left = fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=prefix)
     assert left.get("Uploads", []) == []
+
+
+@pytest.mark.parametrize("bundle", ["missing.pem", "cert.pem"])
+def test_certificates_that_do_not_fit_are_told_at_the_first_attempt(radosgw, tmp_path, bundle):
+    """Trying again would hide them for minutes."""
+    make_certificate(tmp_path)
+    wrong = {"AWS_CA_BUNDLE": str(tmp_path / bundle)}
+    with client_environment({**radosgw.tls_environment(), **wrong}):
+        store = open_store(empty_place(radosgw))
+        with pytest.raises(StorageError, match=r"CERTIFICATE|certificate|No such file") as caught:
+            store.read("a")
+
+    assert "attempts" not in str(caught.value)

@@ -4,7 +4,6 @@ import os
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 
 import pytest
 
@@ -15,6 +14,7 @@ from pipeline.errors import AlreadyExistsError, StorageError
 from pipeline.storage import _driver, _retry, open_input, open_store, stat_input
 from tests.cache.rows import IDENTITY, commit_rows, make_row
 from tests.servers.fixtures import proxied_bucket_on
+from tests.storage_fixtures import race, written_by
 
 DATA = os.urandom(1_000_003)
 
@@ -102,22 +102,11 @@ def test_in_a_race_with_lost_answers_and_slow_downs_each_key_has_one_winner(prox
     proxy.swallow_replies(15, method="PUT")
     proxy.answer_503(25)
     proxy.swallow_replies(15, method="GET")
-    barrier = threading.Barrier(12, timeout=60)
 
-    def race(writer):
-        won = []
-        for key in range(8):
-            barrier.wait()
-            with suppress(AlreadyExistsError):
-                store.put_once(f"k{key}", f"{writer}".encode() * 100)
-                won.append((key, writer))
-        return won
-
-    with ThreadPoolExecutor(12) as pool:
-        wins = [win for won in pool.map(race, range(12)) for win in won]
+    wins = race(store, writers=12, keys=8)
 
     assert Counter(key for key, _ in wins) == dict.fromkeys(range(8), 1)
-    assert all(store.read(f"k{key}") == f"{writer}".encode() * 100 for key, writer in wins)
+    assert all(store.read(f"k{key}") == written_by(writer) for key, writer in wins)
     assert proxy.num_faults >= 40
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -55,7 +56,7 @@ class Driver:
             max_ratio=self.runner.max_bad_ratio_run, total_bytes=sum(s.size for s in todo)
         )
         self.pace = Pace()
-        self.stumbled: set[str] = set()  # shards that have failed at least once
+        self.stumbled: dict[str, tuple[str, str]] = {}  # shards that have failed, and at what last
         self.stop_message = ""  # why the run gives up
         self.drain_until: float | None = None  # set by the first look at a signal
         # A bar would tear lines of JSON apart.
@@ -111,7 +112,8 @@ class Driver:
                 self._count(commit)
         for work in left:
             if work.attempts and self.stop_message:
-                self._give_up(work, "stopped", self.stop_message)
+                reason, message = work.failure or ("stopped", self.stop_message)
+                self._give_up(work, reason, message)
         self.report.num_not_started += sum(not work.attempts for work in left)
         self.report.num_abandoned += sum(work.attempts > 0 and not work.settled for work in left)
         self.report.num_in_flight = 0
@@ -254,7 +256,8 @@ class Driver:
     def _retry(self, work: Work, reason: str, cause: Exception) -> None:
         if work.settled:
             return
-        self.stumbled.add(work.shard.url)
+        work.failure = reason, one_line(cause)
+        self.stumbled[work.shard.url] = work.failure
         if work.num_calls:  # its other attempt goes on
             self.report.retries[reason] += 1
             return
@@ -285,7 +288,7 @@ class Driver:
             message,
             extra=about(shard=work.shard.url, attempt=work.attempts),
         )
-        self.stumbled.add(work.shard.url)
+        self.stumbled[work.shard.url] = reason, message
         self.budget.settle(work.shard.size, lost_ratio=1.0)
         self.report.failed.append(
             FailedShard(
@@ -309,8 +312,12 @@ class Driver:
                 "error_budget",
             )
         elif self._is_hopeless() and self.backlog.waiting and not self._num_in_flight():
+            reasons = Counter(reason for reason, _ in self.stumbled.values())
+            counted = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+            _, message = next(reversed(self.stumbled.values()))
             self._stop(
-                "the first shards all failed: repair them, or raise runner.fail_fast_after",
+                f"the first {len(self.stumbled)} shards all failed ({counted}), the last with: "
+                f"{message}. Repair that, or raise runner.fail_fast_after",
                 "fail_fast",
             )
 

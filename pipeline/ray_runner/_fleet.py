@@ -35,6 +35,7 @@ class Work:
     num_calls: int = 0  # attempts at work now: two where the tail of a run is doubled
     settled: bool = False  # committed or given up; what still comes of it is of no interest
     host: str = ""  # where it was tried last
+    failure: tuple[str, str] | None = None  # reason and message of the last attempt that failed
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -4,6 +4,7 @@ import errno
 import itertools
 import logging
 import random
+import ssl
 import sys
 import time
 from collections.abc import Callable
@@ -76,6 +77,8 @@ def store_errors() -> tuple[type[Exception], ...]:
 
 def is_transient(err: BaseException) -> bool:
     """Tell whether the same request may succeed a moment later."""
+    if _is_misconfigured(err):
+        return False
     if isinstance(err, (TimeoutError, ConnectionError, *_loaded(_TRANSIENT_DRIVER_ERRORS))):
         return True
     if isinstance(err, OSError) and err.errno is not None:
@@ -131,6 +134,20 @@ def as_storage_error(what: str, url: str, err: BaseException, *, attempts: int =
     if isinstance(err, PermissionError):
         reason = f"permission denied: {reason}"
     return StorageError(f"cannot {what} {url}: {reason}{tried}")
+
+
+def _is_misconfigured(err: BaseException) -> bool:
+    """Tell whether no request was made: a file of certificates is missing, or does not fit.
+
+    botocore wraps whatever happens on the way to a request in errors that it also gives for
+    connections that break.
+    """
+    while err.__class__ not in (FileNotFoundError, ssl.SSLCertVerificationError):
+        cause = err.__cause__ or err.__context__
+        if cause is None:
+            return False
+        err = cause
+    return True
 
 
 def _is_transient_status(status: object) -> bool:

@@ -1,5 +1,6 @@
 """Errors by class: what is tried again, what is given up, what ends the run."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,7 +106,9 @@ def test_good_shards_behind_broken_ones_are_still_carved(tmp_path: Path) -> None
     assert len(report.failed) == 3
 
 
-def test_a_fault_in_every_shard_stops_the_run_early(tmp_path: Path) -> None:
+def test_a_fault_in_every_shard_stops_the_run_early_and_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     write_corpus(tmp_path / "in", num_shards=12, num_images=1)
     job = make_job(tmp_path, encoder=Failing(), fail_fast_after=2, max_attempts=2)
 
@@ -113,7 +116,9 @@ def test_a_fault_in_every_shard_stops_the_run_early(tmp_path: Path) -> None:
 
     assert report.exit_code == ExitCode.NOTHING_COMMITTED
     assert report.num_not_started >= 6
-    assert {f.reason for f in report.failed} <= {"RuntimeError", "stopped", "actor_replaced"}
+    assert {f.reason for f in report.failed} <= {"RuntimeError", "actor_replaced"}
+    assert {f.message for f in report.failed} == {"a bug"}
+    assert re.search(r"stopping: .*RuntimeError.*a bug", caplog.text)
 
 
 @dataclass(kw_only=True)

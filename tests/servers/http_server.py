@@ -1,14 +1,13 @@
 """What the servers of one process each have in common."""
 
 import os
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import ClassVar, Self
 
-from tests.servers.process import MissingServerError, ServerProcess, free_ports, listens
+from tests.servers.process import ServerProcess, free_ports, listens, require_programs
 
 
 class HttpServer(ABC):
@@ -50,9 +49,7 @@ class HttpServer(ABC):
         return f"http://127.0.0.1:{self.port}"
 
     def __enter__(self) -> Self:
-        missing = [name for name in self.programs if shutil.which(name) is None]
-        if missing:
-            raise MissingServerError(f"{', '.join(missing)} not found; install: {self.remedy}")
+        require_programs(self.programs, f"install: {self.remedy}")
         self._process = ServerProcess(
             self._command(),
             log=self.folder / "server.log",

@@ -1,6 +1,7 @@
 """Server processes of the tests: loopback only, free ports, stopped by their own pid."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -30,6 +31,35 @@ def free_ports(count: int) -> list[int]:
     finally:
         for sock in sockets:
             sock.close()
+
+
+def require_programs(names: Sequence[str], remedy: str) -> None:
+    """Check that programs are on this machine.
+
+    Raises:
+        MissingServerError: names those that are not, and the remedy.
+    """
+    missing = [name for name in names if shutil.which(name) is None]
+    if missing:
+        raise MissingServerError(f"{', '.join(missing)} not found; {remedy}")
+
+
+def run_to_end(command: Sequence[str]) -> None:
+    """Run a command that ends by itself.
+
+    Raises:
+        ServerError: it failed.
+    """
+    done = subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=START_S,
+        check=False,
+    )
+    if done.returncode:
+        raise ServerError(f"{command[0]} ended with {done.returncode}: {done.stderr[-2000:]}")
 
 
 class ServerProcess:

@@ -1,24 +1,15 @@
 """Ceph's S3 gateway with a monitor and one storage daemon, all in memory: real S3."""
 
-import shutil
 import signal
-import subprocess
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from tests.servers.process import (
-    START_S,
-    MissingServerError,
-    ServerError,
-    ServerProcess,
-    free_ports,
-    listens,
-)
+from tests.servers.process import ServerProcess, free_ports, listens, require_programs, run_to_end
+from tests.servers.s3_server import S3Server
 
-ACCESS_KEY, SECRET_KEY = "TESTACCESS", "testsecret123"
 _PROGRAMS = ("radosgw", "radosgw-admin", "ceph-mon", "ceph-osd", "ceph", "monmaptool", "openssl")
 
 # One copy of everything, few placement groups, no waiting for companions. `crc` is what lets the
@@ -77,7 +68,7 @@ rgw_thread_pool_size = 64
 """
 
 
-class Radosgw:
+class Radosgw(S3Server):
     """Use it in a `with` block. Signatures are checked; objects are gone when it ends.
 
     Args:
@@ -95,12 +86,11 @@ class Radosgw:
         self._gateway: ServerProcess | None = None
 
     def __enter__(self) -> Self:
-        missing = [name for name in _PROGRAMS if shutil.which(name) is None]
-        if missing:
-            raise MissingServerError(
-                f"{', '.join(missing)} not found; on Debian: apt-get install "
-                "--no-install-recommends radosgw ceph-mon ceph-osd ceph-common openssl"
-            )
+        require_programs(
+            _PROGRAMS,
+            "on Debian: apt-get install --no-install-recommends radosgw ceph-mon ceph-osd "
+            "ceph-common openssl",
+        )
         try:
             self._start_cluster()
             self.start_gateway()
@@ -121,39 +111,17 @@ class Radosgw:
             self._daemons.pop().kill()
 
     @property
-    def url(self) -> str:
-        """The endpoint for clients."""
-        return f"http://127.0.0.1:{self.port}"
-
-    @property
     def tls_url(self) -> str:
-        """The endpoint for clients behind TLS, with a certificate that `environment` names."""
+        """The endpoint for clients behind TLS."""
         return f"https://127.0.0.1:{self.tls_port}"
 
     def environment(self, endpoint: str = "") -> Mapping[str, str]:
-        """Return what a client's environment must hold.
+        return {**super().environment(endpoint), "AWS_EC2_METADATA_DISABLED": "true"}
 
-        Args:
-            endpoint: of a proxy to go through; "" for the gateway itself.
-        """
-        return {
-            "AWS_ENDPOINT_URL": endpoint or self.url,
-            "AWS_ACCESS_KEY_ID": ACCESS_KEY,
-            "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_EC2_METADATA_DISABLED": "true",
-            "AWS_CA_BUNDLE": str(self.folder / "cert.pem"),
-        }
-
-    def create_bucket(self) -> str:
-        """Return the URL of a new bucket."""
-        import s3fs
-
-        name = f"b-{uuid.uuid4().hex[:12]}"
-        s3fs.S3FileSystem(
-            key=ACCESS_KEY, secret=SECRET_KEY, endpoint_url=self.url, skip_instance_cache=True
-        ).mkdir(name)
-        return f"s3://{name}"
+    def tls_environment(self) -> Mapping[str, str]:
+        """Return what a client's environment must hold to come through TLS."""
+        certificate = str(self.folder / "cert.pem")
+        return {**self.environment(self.tls_url), "AWS_CA_BUNDLE": certificate}
 
     def start_gateway(self) -> None:
         """Start the gateway and wait until it answers."""
@@ -187,7 +155,7 @@ class Radosgw:
         fsid = str(uuid.uuid4())
         ports = {"port": self.port, "tls_port": self.tls_port, "v1": self._v1, "v2": self._v2}
         self._config.write_text(_CONFIG.format(fsid=fsid, folder=self.folder, **ports))
-        self._make_certificate()
+        make_certificate(self.folder)
         monmap = str(self.folder / "monmap")
         address = f"[v2:127.0.0.1:{self._v2},v1:127.0.0.1:{self._v1}]"
         self._do("monmaptool", "--create", "--fsid", fsid, "--addv", "a", address, monmap)
@@ -199,30 +167,20 @@ class Radosgw:
         self._daemon("ceph-osd", "-f", "-i", "0")
         self._do(
             *("radosgw-admin", "user", "create", "--uid=test", "--display-name=test"),
-            *(f"--access-key={ACCESS_KEY}", f"--secret={SECRET_KEY}", "-n", "client.rgw"),
+            *(f"--access-key={self.access_key}", f"--secret={self.secret_key}", "-n", "client.rgw"),
         )
-
-    def _make_certificate(self) -> None:
-        files = ("-keyout", str(self.folder / "key.pem"), "-out", str(self.folder / "cert.pem"))
-        kind = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
-        names = ("-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1")
-        self._run("openssl", "req", "-x509", "-days", "3", *kind, *files, *names)
 
     def _daemon(self, *command: str) -> None:
         log = self.folder / "log" / f"{command[0]}.out"
         self._daemons.append(ServerProcess([*command, "-c", str(self._config)], log=log))
 
     def _do(self, *command: str) -> None:
-        self._run(*command, "-c", str(self._config))
+        run_to_end([*command, "-c", str(self._config)])
 
-    def _run(self, *command: str) -> None:
-        done = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=START_S,
-            check=False,
-        )
-        if done.returncode:
-            raise ServerError(f"{command[0]} ended with {done.returncode}: {done.stderr[-2000:]}")
+
+def make_certificate(folder: Path) -> None:
+    """Write `key.pem` and `cert.pem`: for 127.0.0.1, vouched for by itself alone."""
+    files = ("-keyout", str(folder / "key.pem"), "-out", str(folder / "cert.pem"))
+    kind = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
+    names = ("-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1")
+    run_to_end(["openssl", "req", "-x509", "-days", "3", *kind, *files, *names])

@@ -4,11 +4,10 @@ import uuid
 from collections.abc import Mapping
 
 from tests.servers.http_server import HttpServer
+from tests.servers.s3_server import S3Server
 
-ACCESS_KEY, SECRET_KEY = "TESTACCESS", "testsecret123"
 
-
-class Rclone(HttpServer):
+class Rclone(S3Server, HttpServer):
     """Objects are files in a folder."""
 
     programs = ("rclone",)
@@ -18,19 +17,11 @@ class Rclone(HttpServer):
         (self.folder / "buckets").mkdir()
         return [
             *("rclone", "serve", "s3", "--addr", f"127.0.0.1:{self.port}"),
-            *("--auth-key", f"{ACCESS_KEY},{SECRET_KEY}", str(self.folder / "buckets")),
+            *("--auth-key", f"{self.access_key},{self.secret_key}", str(self.folder / "buckets")),
         ]
 
     def _server_environment(self) -> Mapping[str, str]:
         return {"RCLONE_CONFIG": "/dev/null"}
-
-    def environment(self, endpoint: str = "") -> Mapping[str, str]:
-        return {
-            "AWS_ENDPOINT_URL": endpoint or self.url,
-            "AWS_ACCESS_KEY_ID": ACCESS_KEY,
-            "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
-            "AWS_DEFAULT_REGION": "us-east-1",
-        }
 
     def create_bucket(self) -> str:
         name = f"b-{uuid.uuid4().hex[:12]}"

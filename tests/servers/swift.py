@@ -1,23 +1,12 @@
 """OpenStack Swift with its S3 interface: answers a conditional put 501, not implemented."""
 
-import shutil
-import subprocess
-import uuid
-from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from tests.servers.process import (
-    START_S,
-    MissingServerError,
-    ServerError,
-    ServerProcess,
-    free_ports,
-    listens,
-)
+from tests.servers.process import ServerProcess, free_ports, listens, require_programs, run_to_end
+from tests.servers.s3_server import S3Server
 
-ACCESS_KEY, SECRET_KEY = "test:tester", "testing"
 _KINDS = ("account", "container", "object")
 _PYTHON = "/usr/bin/python3"  # Debian's own, which its Swift belongs to
 _PROGRAMS = (_PYTHON, "swift-proxy-server", *(f"swift-{k}-server" for k in _KINDS), "memcached")
@@ -82,7 +71,7 @@ user_test_tester = testing .admin
 """
 
 
-class Swift:
+class Swift(S3Server):
     """Use it in a `with` block. Signatures are checked.
 
     Args:
@@ -92,6 +81,9 @@ class Swift:
         port: of the proxy server, on loopback.
     """
 
+    access_key = "test:tester"
+    secret_key = "testing"
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._ports = dict(zip(("proxy", "memcached", *_KINDS), free_ports(5), strict=True))
@@ -99,13 +91,11 @@ class Swift:
         self._processes: dict[str, ServerProcess] = {}
 
     def __enter__(self) -> Self:
-        missing = [name for name in _PROGRAMS if shutil.which(name) is None]
-        if missing:
-            raise MissingServerError(
-                f"{', '.join(missing)} not found; on Debian: apt-get install "
-                "--no-install-recommends swift-proxy swift-account swift-container "
-                "swift-object memcached"
-            )
+        require_programs(
+            _PROGRAMS,
+            "on Debian: apt-get install --no-install-recommends swift-proxy swift-account "
+            "swift-container swift-object memcached",
+        )
         try:
             self._start_all()
         except BaseException:
@@ -121,30 +111,6 @@ class Swift:
     ) -> None:
         while self._processes:
             self._processes.popitem()[1].kill()
-
-    @property
-    def url(self) -> str:
-        """The endpoint for clients."""
-        return f"http://127.0.0.1:{self.port}"
-
-    def environment(self, endpoint: str = "") -> Mapping[str, str]:
-        """Return what a client's environment must hold; `endpoint` is of a proxy, if any."""
-        return {
-            "AWS_ENDPOINT_URL": endpoint or self.url,
-            "AWS_ACCESS_KEY_ID": ACCESS_KEY,
-            "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
-            "AWS_DEFAULT_REGION": "us-east-1",
-        }
-
-    def create_bucket(self) -> str:
-        """Return the URL of a new bucket."""
-        import s3fs
-
-        name = f"b-{uuid.uuid4().hex[:12]}"
-        s3fs.S3FileSystem(
-            key=ACCESS_KEY, secret=SECRET_KEY, endpoint_url=self.url, skip_instance_cache=True
-        ).mkdir(name)
-        return f"s3://{name}"
 
     def _start_all(self) -> None:
         (self.folder / "devices" / "d1").mkdir(parents=True)
@@ -166,13 +132,4 @@ class Swift:
 
     def _make_rings(self) -> None:
         pairs = [f"{kind}={self._ports[kind]}" for kind in _KINDS]
-        done = subprocess.run(
-            [_PYTHON, "-c", _MAKE_RINGS, str(self.folder), *pairs],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=START_S,
-            check=False,
-        )
-        if done.returncode:
-            raise ServerError(f"rings were not made: {done.stderr[-2000:]}")
+        run_to_end([_PYTHON, "-c", _MAKE_RINGS, str(self.folder), *pairs])
