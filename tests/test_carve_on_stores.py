@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from pipeline.storage import open_store
 from tests.conftest import ROOT
 from tests.encoders.tiny_models import save_llava
 from tests.fakes import write_corpus
+from tests.servers.fault_proxy import FaultProxy
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
@@ -58,12 +60,14 @@ def carve_locally(config: Path) -> str:
     return store.url
 
 
-def run(config: Path, url: str) -> subprocess.CompletedProcess[str]:
+def run(
+    config: Path, url: str, *options: str, **environment: str
+) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "jobs/carve_dataset.py", "--config", str(config)]
     return subprocess.run(
-        [*command, "--input", f"{url}/in", "--output", f"{url}/cache"],
+        [*command, "--input", f"{url}/in", "--output", f"{url}/cache", *options],
         cwd=ROOT,
-        env=dict(os.environ),
+        env={**os.environ, **environment},
         capture_output=True,
         text=True,
         timeout=500,
@@ -101,3 +105,38 @@ def test_shards_and_cache_may_both_be_on_the_store(tmp_path: Path, config: Path,
         )  # other threads, other last bits, another step of int8
     assert cache.columns("s2-i003", ["txt"]) == {"txt": "caption of s2-i003"}
     assert sorted(row.key for row in CarvedDataset(cache, shuffle=True)) == list(expected.keys())
+
+
+def test_a_run_leaves_no_secret_anywhere(
+    tmp_path: Path, config: Path, proxied_s3: tuple[FaultProxy, str]
+) -> None:
+    """Not in what it prints, in Ray's logs or in the cache; retries and failures included."""
+    proxy, url = proxied_s3
+    planted = {"HF_TOKEN": "hf_pLaNtEd0123456789", "AZURE_STORAGE_KEY": "pLaNtEd9876543210"}
+    secrets = [*planted.values(), os.environ["AWS_SECRET_ACCESS_KEY"]]
+    webhook = f"http://127.0.0.1:9/hook?token={planted['HF_TOKEN']}"
+    corpus = write_corpus(tmp_path / "in", num_shards=3, num_images=2)
+    (corpus / "shard-00001.tar").write_bytes(b"")
+    for shard in sorted(corpus.iterdir()):
+        open_store(url).upload(f"in/{shard.name}", str(shard))
+    proxy.answer_503(2, method="GET", path="shard-00000")
+    ray_folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
+    values = {**yaml.safe_load(config.read_text()), "notify": {"webhook_env": "HOOK"}}
+    config.write_text(yaml.safe_dump(values))
+
+    done = run(
+        *(config, url, "--set", "runner.log_format=json"),
+        **planted,
+        **{"HOOK": webhook, "RAY_TMPDIR": str(ray_folder), "RAY_BACKEND_LOG_LEVEL": "debug"},
+    )
+
+    assert done.returncode == ExitCode.PARTIAL, done.stderr
+    assert "trying again" in done.stderr
+    places = {"printed": (done.stdout + done.stderr).encode()}
+    places |= {str(file): file.read_bytes() for file in ray_folder.rglob("*") if file.is_file()}
+    cache = open_store(f"{url}/cache")
+    places |= {file.path: cache.read(file.path) for file in cache.list("")}
+    assert len(places) > 20
+    for place, content in places.items():
+        for secret in secrets:
+            assert secret.encode() not in content, place

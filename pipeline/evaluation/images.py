@@ -30,12 +30,14 @@ class ImageSource:
         images: folder of images, or a pattern; used where there are no shards.
         options: how shards are read, and which suffixes are images.
         max_images: at most so many with questions; None for all.
+        allow_list_schemes: see `expand_shards`.
     """
 
     shards: str | Sequence[str]
     images: str
     options: SourceOptions
     max_images: int | None
+    allow_list_schemes: Sequence[str] = ()
 
     def check(self) -> None:
         """Raise what is wrong with the input, before weights are loaded.
@@ -45,7 +47,7 @@ class ImageSource:
             StorageError: the input cannot be reached.
         """
         if self.shards:
-            expand_shards(self.shards)
+            self._shards()
         else:
             self._image_files()
 
@@ -74,12 +76,15 @@ class ImageSource:
 
         Where a shard has fewer than its share, the next ones give more.
         """
-        shards = expand_shards(self.shards)
+        shards = self._shards()
         if self.max_images is not None and self.max_images < len(shards):
             step = len(shards) / self.max_images
             shards = [shards[int((i + 0.5) * step)] for i in range(self.max_images)]
         for place, shard in enumerate(shards, start=1):
             yield place / len(shards), self._from_shard(shard)
+
+    def _shards(self) -> Sequence[ShardRef]:
+        return expand_shards(self.shards, allow_list_schemes=self.allow_list_schemes)
 
     def _from_shard(self, shard: ShardRef) -> Iterator[Sample | RejectedSample]:
         with open_input(shard) as stream:

@@ -103,6 +103,7 @@ def _source(config: EvaluationConfig) -> ImageSource:
         images=config.images,
         options=source_options(config.input, [column] if column else []),
         max_images=config.evaluation.max_images,
+        allow_list_schemes=config.input.allow_list_schemes,
     )
 
 

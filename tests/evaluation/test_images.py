@@ -1,6 +1,7 @@
 """Which images are evaluated, and in which batches."""
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -9,14 +10,26 @@ from pipeline.errors import ConfigError
 from pipeline.evaluation.images import Batches, ImageSource
 from pipeline.evaluation.questions import SamePrompts
 from pipeline.source import SourceOptions
+from pipeline.storage import open_store
 from tests.fakes import encoded_image, write_corpus, write_tar
 
 ASKED = SamePrompts(prompts=("what ?",))
 
 
-def source(shards: Path | str = "", *, images: str = "", most: int | None = None) -> ImageSource:
-    options = SourceOptions(column_suffixes=())
-    return ImageSource(shards=str(shards), images=images, options=options, max_images=most)
+def source(
+    shards: Path | str = "",
+    *,
+    images: str = "",
+    most: int | None = None,
+    allowed: Sequence[str] = (),
+) -> ImageSource:
+    return ImageSource(
+        shards=str(shards),
+        images=images,
+        options=SourceOptions(column_suffixes=()),
+        max_images=most,
+        allow_list_schemes=allowed,
+    )
 
 
 def keys(images: ImageSource, rejected: Counter[str] | None = None) -> list[str]:
@@ -91,3 +104,13 @@ def test_a_folder_gives_its_images_by_name_and_an_empty_one_is_refused(tmp_path:
     assert keys(source(images=str(tmp_path))) == ["a", "b"]
     with pytest.raises(ConfigError, match="there is no image"):
         source(images=str(tmp_path / "*.webp")).check()
+
+
+def test_a_list_on_a_store_names_another_place_only_where_that_is_allowed(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", [("k.jpg", encoded_image(1))])
+    elsewhere = open_store("memory://evaluated")
+    elsewhere.put("list.txt", str(tmp_path / "a.tar").encode())
+
+    with pytest.raises(ConfigError, match="allow_list_schemes"):
+        source(elsewhere.url + "/list.txt").check()
+    assert keys(source(elsewhere.url + "/list.txt", allowed=["file"])) == ["k"]
