@@ -18,7 +18,7 @@ from pipeline.cache.row import StoredTokens
 from pipeline.codecs import Codec
 from pipeline.errors import CacheFormatError
 from pipeline.storage import open_store
-from pipeline.types import PackedTokens
+from pipeline.types import PackedTokens, TileLayout
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +35,7 @@ class CachedImage:
     grid: tuple[int, int, int]  # time, rows, columns before carving
     width: int  # of the image, in pixels
     height: int
+    tiles: TileLayout | None = None  # of a tiled image; its views are what the grid calls time
 
 
 def open_cache(
@@ -211,4 +212,5 @@ def _in_position_order(place: RowPlace, stored: StoredTokens, features: Tensor) 
         grid=(place.grid_t, place.grid_h, place.grid_w),
         width=place.width,
         height=place.height,
+        tiles=stored.tiles,
     )

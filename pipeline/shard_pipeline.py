@@ -23,7 +23,14 @@ from pipeline.encoders import Pixels
 from pipeline.errors import NonFiniteError, SampleError, ShardAbandonedError
 from pipeline.job import Job
 from pipeline.source import read_shard
-from pipeline.types import CarvedTokens, RejectedSample, Sample, ShardRef, VisualTokens
+from pipeline.types import (
+    CarvedTokens,
+    RejectedSample,
+    Sample,
+    ShardRef,
+    TileLayout,
+    VisualTokens,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +68,7 @@ class _Carved:
     image: _Prepared  # without pixels
     tokens: CarvedTokens
     grid: tuple[int, int, int]  # views, rows, columns
+    tiles: TileLayout | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -202,7 +210,9 @@ class ShardPipeline:
                 for index, tokens in self._carve(group, batch):
                     image = replace(batch[index], pixels=_NO_PIXELS)
                     grid = (group.num_views, *group.grid)
-                    carved[index] = _Carved(image=image, tokens=tokens, grid=grid)
+                    carved[index] = _Carved(
+                        image=image, tokens=tokens, grid=grid, tiles=group.tiles
+                    )
                 self.tally.tokens_full += group.features.shape[0] * group.features.shape[1]
             seconds["encode"] += encoded - started
             seconds["carve"] += time.perf_counter() - encoded
@@ -292,6 +302,7 @@ class ShardPipeline:
             positions=tokens.positions.numpy()[order].astype(np.uint32),
             sizes=tokens.sizes.numpy()[order].astype(np.float32),
             grid=carved.grid,
+            tiles=carved.tiles,
             image_size=image.image_size,
             columns=image.columns,
         )

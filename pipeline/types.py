@@ -66,6 +66,8 @@ class TileLayout:
     columns: int  # of tiles
     unpadded: tuple[int, int, int, int]  # top, bottom, left, right: half-open, in tokens of the
     # canvas that the tiles make; tokens outside see padding only
+    canvas: tuple[int, int] | None = None  # rows, columns of tokens that the unpadded canvas was
+    # resampled to; the tokens are then those of the thumbnail, and these, and fill no grid
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -3,12 +3,15 @@
 Tokens are stored most important first, all of one length. `aux` of format version 1, all
 little-endian, for K tokens of a codec with A aux bytes a token and a head of H bytes:
 
-    uint8   layout: 2 where there is a head, 1 where there is none
+    uint8   layout: 3 for a tiled image, else 2 where there is a head, 1 where there is none
     uint8   A
     uint16  T, tokens per checksum block
     uint32  K
-    uint32  H                only in layout 2
-    byte    head[H]          only in layout 2: what every prefix of the tokens needs
+    uint32  tiles[8]         only in layout 3: rows, columns of tiles; top, bottom, left, right of
+                             what is no padding, in tokens; rows, columns of the canvas after it was
+                             resampled, 0 where it was not
+    uint32  H                only in layouts 2 and 3
+    byte    head[H]          only in layouts 2 and 3: what every prefix of the tokens needs
     uint32  positions[K]     where each token came from
     float32 sizes[K]         how many source tokens it stands for
     byte    codec_aux[K][A]
@@ -24,10 +27,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import CacheFormatError
-from pipeline.types import PackedTokens
+from pipeline.types import PackedTokens, TileLayout
 
 BLOCK_TOKENS = 16
 _HEADER = struct.Struct("<BBHI")
+_TILES = struct.Struct("<8I")
 _HEAD_LENGTH = struct.Struct("<I")
 _CRC = struct.Struct("<I")
 
@@ -42,6 +46,7 @@ class StoredTokens:
     sizes: NDArray[np.float32]  # (num_tokens,)
     num_tokens: int
     head: bytes  # the same for every prefix; empty where the codec needs none
+    tiles: TileLayout | None = None  # of a tiled image
 
 
 def pack_aux(
@@ -49,6 +54,7 @@ def pack_aux(
     *,
     positions: NDArray[np.uint32],
     sizes: NDArray[np.float32],
+    tiles: TileLayout | None = None,
 ) -> bytes:
     """Return the `aux` bytes of one row.
 
@@ -56,16 +62,18 @@ def pack_aux(
         packed: K tokens of equal length, most important first.
         positions: (K,), in the same order.
         sizes: (K,), in the same order.
+        tiles: of a tiled image.
     """
     tokens, codec_aux, head = packed.tokens, packed.aux, packed.head
     count = len(positions)
     block = BLOCK_TOKENS * (len(tokens) // count)
-    # Layout 1 has no room for a head; rows without one keep it, and their bytes.
-    layout = 2 if head else 1
+    # The first layouts have no room for what later ones hold; rows without it keep their bytes.
+    layout = 3 if tiles is not None else 2 if head else 1
     body = b"".join(
         (
             _HEADER.pack(layout, len(codec_aux) // count, BLOCK_TOKENS, count),
-            _HEAD_LENGTH.pack(len(head)) + head if head else b"",
+            _pack_tiles(tiles) if tiles is not None else b"",
+            _HEAD_LENGTH.pack(len(head)) + head if layout > 1 else b"",
             positions.astype("<u4", copy=False).tobytes(),
             sizes.astype("<f4", copy=False).tobytes(),
             codec_aux,
@@ -119,15 +127,18 @@ def unpack_row(
     """
     body = aux_body(aux, where=where)
     layout, aux_bytes, block_tokens, count = _HEADER.unpack_from(body)
-    start, head = _HEADER.size, b""
-    if layout == 2 and len(body) >= start + _HEAD_LENGTH.size:
+    start, head, tiles = _HEADER.size, b"", None
+    if layout == 3 and len(body) >= start + _TILES.size:
+        tiles = _unpack_tiles(body, start, where=where)
+        start += _TILES.size
+    if layout in (2, 3) and len(body) >= start + _HEAD_LENGTH.size:
         (head_length,) = _HEAD_LENGTH.unpack_from(body, start)
         start += _HEAD_LENGTH.size
         head = body[start : start + head_length]
         start += head_length
     num_blocks = -(-count // block_tokens) if block_tokens else 0
     expected = start + count * (8 + aux_bytes) + 4 * num_blocks
-    is_known = layout in (1, 2) and count > 0 and block_tokens > 0 and expected == len(body)
+    is_known = layout in (1, 2, 3) and count > 0 and block_tokens > 0 and expected == len(body)
     if not is_known or tokens_length < count or tokens_length % count:
         raise CacheFormatError(
             f"{where}: aux layout {layout} with {count} tokens in {len(body)} bytes is not known; "
@@ -147,6 +158,7 @@ def unpack_row(
         sizes=sizes[:keep],
         num_tokens=keep,
         head=head,
+        tiles=tiles,
     )
 
 
@@ -195,6 +207,25 @@ def check_is_indexed(
             f"{where}: the row there is not the one that was indexed; the file was replaced or "
             "its rows were moved"
         )
+
+
+def _pack_tiles(tiles: TileLayout) -> bytes:
+    return _TILES.pack(tiles.rows, tiles.columns, *tiles.unpadded, *(tiles.canvas or (0, 0)))
+
+
+def _unpack_tiles(body: bytes, start: int, *, where: str) -> TileLayout:
+    rows, columns, top, bottom, left, right, *canvas = _TILES.unpack_from(body, start)
+    if min(rows, columns) < 1 or top >= bottom or left >= right or (0 in canvas and any(canvas)):
+        raise CacheFormatError(
+            f"{where}: {rows} x {columns} tiles, unpadded {(top, bottom, left, right)}, canvas "
+            f"{tuple(canvas)} cannot be; the file is damaged"
+        )
+    return TileLayout(
+        rows=rows,
+        columns=columns,
+        unpadded=(top, bottom, left, right),
+        canvas=(canvas[0], canvas[1]) if any(canvas) else None,
+    )
 
 
 def _check_blocks(

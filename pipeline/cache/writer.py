@@ -21,7 +21,7 @@ from pipeline.cache import layout, pages, parquet, row
 from pipeline.cache.spool import Spool
 from pipeline.errors import StorageError
 from pipeline.storage import Store
-from pipeline.types import PackedTokens, RejectedSample
+from pipeline.types import PackedTokens, RejectedSample, TileLayout
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +38,7 @@ class RowToWrite:
     grid: tuple[int, int, int]  # time, rows, columns before carving
     image_size: tuple[int, int]  # width, height in pixels
     columns: Mapping[str, str | None]
+    tiles: TileLayout | None = None  # of a tiled image
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -240,7 +241,10 @@ class _Part:
         )
 
     def write_row_group(self, rows: Sequence[RowToWrite], columns: Sequence[str]) -> None:
-        aux = [row.pack_aux(r.packed, positions=r.positions, sizes=r.sizes) for r in rows]
+        aux = [
+            row.pack_aux(r.packed, positions=r.positions, sizes=r.sizes, tiles=r.tiles)
+            for r in rows
+        ]
         values: list[Sequence[Any]] = [
             [r.key for r in rows],
             [r.content_hash for r in rows],

@@ -10,12 +10,18 @@ from hypothesis import strategies as st
 
 from pipeline.cache import row
 from pipeline.errors import CacheFormatError
-from pipeline.types import PackedTokens
+from pipeline.types import PackedTokens, TileLayout
 
 TOKEN_BYTES, CODEC_AUX = 24, 4
 
 
-def packed(num_tokens: int, head: bytes = b"") -> tuple[bytes, bytes, bytes]:
+TILES = TileLayout(rows=2, columns=3, unpadded=(1, 7, 0, 12))
+RESAMPLED = TileLayout(rows=6, columns=1, unpadded=(0, 24, 0, 4), canvas=(9, 2))
+
+
+def packed(
+    num_tokens: int, head: bytes = b"", tiles: TileLayout | None = None
+) -> tuple[bytes, bytes, bytes]:
     generator = np.random.default_rng(num_tokens)
     tokens = generator.bytes(num_tokens * TOKEN_BYTES)
     codec_aux = generator.bytes(num_tokens * CODEC_AUX)
@@ -24,15 +30,21 @@ def packed(num_tokens: int, head: bytes = b"") -> tuple[bytes, bytes, bytes]:
         packed_tokens,
         positions=np.arange(num_tokens, dtype=np.uint32)[::-1],
         sizes=np.ones(num_tokens, np.float32),
+        tiles=tiles,
     )
     return tokens, codec_aux, aux
 
 
-@given(num_tokens=st.integers(1, 100), keep=st.integers(1, 120), head=st.binary(max_size=70))
+@given(
+    num_tokens=st.integers(1, 100),
+    keep=st.integers(1, 120),
+    head=st.binary(max_size=70),
+    tiles=st.sampled_from([None, TILES, RESAMPLED]),
+)
 def test_a_prefix_needs_only_its_blocks_and_equals_the_start_of_the_row(
-    num_tokens: int, keep: int, head: bytes
+    num_tokens: int, keep: int, head: bytes, tiles: TileLayout | None
 ) -> None:
-    tokens, codec_aux, aux = packed(num_tokens, head)
+    tokens, codec_aux, aux = packed(num_tokens, head, tiles)
     fetched = row.prefix_bytes(len(tokens), num_tokens=num_tokens, keep_tokens=keep)
 
     stored = row.unpack_row(
@@ -42,15 +54,22 @@ def test_a_prefix_needs_only_its_blocks_and_equals_the_start_of_the_row(
     kept = min(keep, num_tokens)
     assert stored.num_tokens == kept
     assert stored.head == head
+    assert stored.tiles == tiles
     assert stored.tokens == tokens[: kept * TOKEN_BYTES]
     assert stored.codec_aux == codec_aux[: kept * CODEC_AUX]
     assert stored.positions.tolist() == list(range(num_tokens))[::-1][:kept]
     assert fetched <= (kept + row.BLOCK_TOKENS - 1) * TOKEN_BYTES
 
 
-@given(data=st.data(), head=st.sampled_from([b"", b"h" * 37]))
-def test_any_changed_byte_is_noticed(data: st.DataObject, head: bytes) -> None:
-    tokens, _, aux = packed(40, head)
+@given(
+    data=st.data(),
+    head=st.sampled_from([b"", b"h" * 37]),
+    tiles=st.sampled_from([None, RESAMPLED]),
+)
+def test_any_changed_byte_is_noticed(
+    data: st.DataObject, head: bytes, tiles: TileLayout | None
+) -> None:
+    tokens, _, aux = packed(40, head, tiles)
     content = bytearray(tokens + aux)
     place = data.draw(st.integers(0, len(content) - 1))
     content[place] ^= data.draw(st.integers(1, 255))
@@ -87,8 +106,31 @@ def test_a_head_stands_with_its_length_before_the_positions() -> None:
     assert aux == body + struct.pack("<I", google_crc32c.value(body))
 
 
+def test_tiles_stand_before_the_head() -> None:
+    tokens, codec_aux, aux = packed(3, b"head!", RESAMPLED)
+
+    body = struct.pack("<BBHI8I", 3, CODEC_AUX, 16, 3, 6, 1, 0, 24, 0, 4, 9, 2)
+    body += struct.pack("<I5s3I3f", 5, b"head!", 2, 1, 0, 1, 1, 1) + codec_aux
+    body += struct.pack("<I", google_crc32c.value(tokens))
+    assert aux == body + struct.pack("<I", google_crc32c.value(body))
+
+
+@pytest.mark.parametrize("changed", [(0, 3, 1, 7, 0, 12, 0, 0), (2, 3, 7, 7, 0, 12, 0, 0)])
+def test_tiles_that_cannot_be_are_refused_even_with_their_checksum(changed: tuple[int]) -> None:
+    tokens, _, aux = packed(3, tiles=TILES)
+    body = aux[:8] + struct.pack("<8I", *changed) + aux[40:-4]
+
+    with pytest.raises(CacheFormatError, match="here: .* cannot be"):
+        row.unpack_row(
+            tokens,
+            body + struct.pack("<I", google_crc32c.value(body)),
+            tokens_length=len(tokens),
+            where="here",
+        )
+
+
 @pytest.mark.parametrize(
-    ("layout", "head_length"), [(2, 36), (2, 38), (2, 2**32 - 1), (1, 37), (3, 37), (0, 37)]
+    ("layout", "head_length"), [(2, 36), (2, 38), (2, 2**32 - 1), (1, 37), (4, 37), (0, 37)]
 )
 def test_a_head_of_another_length_or_layout_is_refused_even_with_its_checksum(
     layout: int, head_length: int
