@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from pipeline.encoders._image_encoder import ImageEncoder, LoadedModel, read_config
+from pipeline.encoders._checkpoint_encoder import read_config
+from pipeline.encoders._image_encoder import ImageEncoder, LoadedModel
 from pipeline.encoders._llm_prefix import (
     LLM_SIGNALS,
     LlmPrefix,
@@ -120,7 +121,7 @@ class Llava(ImageEncoder):
             return rows, columns
         return 1, rows * columns + self._plan.num_prefix - self._first_token
 
-    def _describe_options(self, signals: frozenset[str]) -> Mapping[str, Any]:
+    def _describe_numbers(self, signals: frozenset[str]) -> Mapping[str, Any]:
         if signals & LLM_SIGNALS:
             return {"stage": self.stage, "llm_layers": self.llm_layers, "prompt": self.prompt}
         return {"stage": self.stage}

@@ -16,7 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pipeline.encoders._image_encoder import ImageEncoder, LoadedModel, read_config
+from pipeline.encoders._checkpoint_encoder import read_config
+from pipeline.encoders._image_encoder import ImageEncoder, LoadedModel
 from pipeline.encoders._tower import Tower, tower_keys
 from pipeline.encoders._tower_plan import FAMILIES, TowerPlan, plan_tower
 from pipeline.encoders._weights import Reads
@@ -70,7 +71,7 @@ class Vit(ImageEncoder):
             shallow_layer=self.shallow_layer,
         )
 
-    def _describe_options(self, signals: frozenset[str]) -> Mapping[str, Any]:
+    def _describe_numbers(self, signals: frozenset[str]) -> Mapping[str, Any]:
         return {"stage": self.stage, "layer": self._plan.states[0]}
 
     def _reads(self, signals: frozenset[str]) -> Reads:

@@ -120,7 +120,7 @@ def test_tiles_that_cannot_be_are_refused_even_with_their_checksum(changed: tupl
     tokens, _, aux = packed(3, tiles=TILES)
     body = aux[:8] + struct.pack("<8I", *changed) + aux[40:-4]
 
-    with pytest.raises(CacheFormatError, match="here: .* cannot be"):
+    with pytest.raises(CacheFormatError, match=r"here: .* cannot be"):
         row.unpack_row(
             tokens,
             body + struct.pack("<I", google_crc32c.value(body)),

@@ -10,6 +10,7 @@ from pipeline import codecs
 from pipeline.cache import row
 from pipeline.cache.reader import RowPlace
 from pipeline.carved_cache import unpack_images
+from pipeline.types import TileLayout
 from tests.cache.rows import (
     features,
 )
@@ -21,6 +22,8 @@ CODECS = (
     *("bf16", "fp16", "fp32", "int8", "int4", "int3", "int2"),
     *("int8_channel", "int4_channel", "mixed", "gear"),
 )
+
+TILES = TileLayout(rows=2, columns=1, unpadded=(0, 2, 0, 1), canvas=(3, 2))
 
 
 class RowTarget(Target):
@@ -38,6 +41,7 @@ class RowTarget(Target):
                     packed,
                     positions=np.arange(count, dtype=np.uint32),
                     sizes=np.ones(count, np.float32),
+                    tiles=TILES if count == 16 else None,
                 )
                 self.rows.append((codec, count, packed.tokens, aux))
 
