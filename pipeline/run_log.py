@@ -87,6 +87,16 @@ def write_to(target: TextIO | None) -> None:
     _StderrHandler.target = target
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    """Tell whether a line says what is said nowhere else.
+
+    When a connection breaks, aiohttp leaves asyncio with an exception that nobody fetches, and it
+    logs a trace. The request has failed as well then, and that error is dealt with.
+    """
+    cause = record.exc_info[1] if record.exc_info else None
+    return not (record.name == "asyncio" and isinstance(cause, ConnectionError))
+
+
 class JsonFormatter(logging.Formatter):
     """One JSON object a line: time, level, logger, message, and the fields that are known."""
 
@@ -128,6 +138,7 @@ class _StderrHandler(logging.StreamHandler):  # type: ignore[type-arg]
 
     def __init__(self) -> None:
         super().__init__(sys.stderr)
+        self.addFilter(_is_news)
 
     def emit(self, record: logging.LogRecord) -> None:
         self.stream = self.target or sys.stderr
@@ -139,6 +150,7 @@ class LogBuffer(logging.Handler):
 
     def __init__(self, level: int) -> None:
         super().__init__(level)
+        self.addFilter(_is_news)
         self._waiting: deque[Mapping[str, Any]] = deque(maxlen=MAX_WAITING)
         self._num_dropped = 0
 

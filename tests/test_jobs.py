@@ -229,7 +229,8 @@ def fetch_json(url: str) -> dict[str, Any]:
 
 
 def test_a_submitted_job_gives_each_actor_its_own_gpu(tmp_path: Path, config: Path) -> None:
-    write_corpus(tmp_path / "in", num_shards=12, num_images=40)
+    # Enough of them that the second actor, which loads beside the first, still finds some.
+    write_corpus(tmp_path / "in", num_shards=40, num_images=40)
     environment = {
         name: os.environ[name]
         for name in ("HOME", "HF_HUB_OFFLINE", "RAY_USAGE_STATS_ENABLED", "RAY_AUTH_MODE")
@@ -249,7 +250,7 @@ def test_a_submitted_job_gives_each_actor_its_own_gpu(tmp_path: Path, config: Pa
         status, log = wait_for_job(f"{dashboard}/api/jobs/carve")
 
     assert status == "SUCCEEDED", log
-    assert "12 shards committed, 0 failed" in log
+    assert "40 shards committed, 0 failed" in log
     commits = list(read_commits(open_store(str(tmp_path / "cache"))))
     gpus_by_process = {(c.details["pid"], c.details["cuda_visible_devices"]) for c in commits}
     assert {gpu for _, gpu in gpus_by_process} == {"0", "1"}

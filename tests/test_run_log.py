@@ -158,3 +158,16 @@ logging.getLogger("pipeline").info("after")
         "from a child": "pipeline.json_stderr",
         "after": "pipeline",
     }
+
+
+def test_the_trace_of_a_broken_connection_that_asyncio_finds_later_is_left_out() -> None:
+    """The request that it belongs to has failed too, and was tried again; see aiohttp."""
+    buffer = LogBuffer(logging.INFO)
+    logger = logging.Logger("asyncio")
+    logger.addHandler(buffer)
+
+    for error in (ConnectionResetError("Cannot write to closing transport"), KeyError("a bug")):
+        logger.error("Future exception was never retrieved", exc_info=error)
+
+    (line,) = buffer.drain()
+    assert "a bug" in line["msg"]

@@ -137,17 +137,17 @@ def as_storage_error(what: str, url: str, err: BaseException, *, attempts: int =
 
 
 def _is_misconfigured(err: BaseException) -> bool:
-    """Tell whether no request was made: a file of certificates is missing, or does not fit.
+    """Tell whether a file of certificates is missing, or does not fit the server.
 
-    botocore wraps whatever happens on the way to a request in errors that it also gives for
+    botocore wraps what happens on the way to a request in errors that it also gives for
     connections that break.
     """
-    while err.__class__ not in (FileNotFoundError, ssl.SSLCertVerificationError):
-        cause = err.__cause__ or err.__context__
-        if cause is None:
-            return False
-        err = cause
-    return True
+    given = getattr(err, "kwargs", None)
+    reason = given.get("error") if isinstance(given, dict) else None
+    certificate = getattr(reason, "certificate_error", None)
+    return isinstance(reason, FileNotFoundError) or isinstance(
+        certificate, ssl.SSLCertVerificationError
+    )
 
 
 def _is_transient_status(status: object) -> bool:
