@@ -5,18 +5,16 @@ torch on the device: a prepared image is a quarter of the size of its floats. Wh
 for a setting that a checkpoint leaves out is asked of the processor classes of transformers.
 """
 
-import functools
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
 from pipeline.encoders._base import Pixels
+from pipeline.encoders._normalisation import Normalisation, triple
 from pipeline.encoders._resize import RESIZERS, TORCH_FILTERS, Backend, check_pixels
 from pipeline.errors import ConfigError
 
@@ -73,9 +71,7 @@ class Preprocessor:
     size: tuple[int, int] | None  # resize to exactly this
     resample: int  # Pillow's number of the filter
     crop: tuple[int, int] | None  # around the centre; zeros where the image is smaller
-    scale: float
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    normalise: Normalisation  # (B, H, W, 3) uint8 on any device to (B, 3, H, W) float32
 
     @property
     def output_size(self) -> tuple[int, int] | None:
@@ -106,30 +102,12 @@ class Preprocessor:
             image = _center_crop(image, self.crop, self.backend)
         return np.ascontiguousarray(image)
 
-    def normalise(self, pixels_BHWC: Tensor) -> Tensor:
-        """Rescale and normalise uint8 pixels where they lie.
-
-        Returns:
-            (B, 3, H, W) float32, equal to the processor's result but for the last bit.
-        """
-        planes_BCHW = pixels_BHWC.permute(0, 3, 1, 2).contiguous().to(torch.float32)
-        mean_1C11 = _per_channel(self.mean, planes_BCHW.device)
-        std_1C11 = _per_channel(self.std, planes_BCHW.device)
-        return planes_BCHW.mul_(self.scale).sub_(mean_1C11).div_(std_1C11)
-
     def _resized(self, height: int, width: int) -> tuple[int, int] | None:
         if self.shortest_edge is None:
             return self.size
         short, long = min(height, width), max(height, width)
         edges = (self.shortest_edge, int(self.shortest_edge * long / short))
         return edges if height <= width else edges[::-1]
-
-
-@functools.lru_cache(maxsize=64)
-def _per_channel(values: tuple[float, float, float], device: torch.device) -> Tensor:
-    """Return (1, 3, 1, 1) float32; kept, because a copy to a GPU makes the caller wait for it."""
-    with torch.inference_mode(False):  # of use outside of it as well
-        return torch.tensor(values, device=device).view(1, 3, 1, 1)
 
 
 def read_preprocessor(settings: Mapping[str, Any], *, model: str, backend: Backend) -> Preprocessor:
@@ -156,7 +134,6 @@ def read_preprocessor(settings: Mapping[str, Any], *, model: str, backend: Backe
         raise ConfigError(
             f"image processor of model {model!r}: {reason}; correct its settings {given}"
         ) from err
-    mean, std = _triple(own.image_mean), _triple(own.image_std)
     shortest_edge, size = _resize_target(own, model) if own.do_resize else (None, None)
     resample = _resample(own.resample, model)
     if own.do_resize and backend == "torchvision" and resample not in TORCH_FILTERS:
@@ -170,9 +147,7 @@ def read_preprocessor(settings: Mapping[str, Any], *, model: str, backend: Backe
         size=size,
         resample=resample,
         crop=(own.crop_size.height, own.crop_size.width) if own.do_center_crop else None,
-        scale=float(own.rescale_factor) if own.do_rescale else 1.0,
-        mean=mean if own.do_normalize else (0.0, 0.0, 0.0),
-        std=std if own.do_normalize else (1.0, 1.0, 1.0),
+        normalise=Normalisation.of(own),
     )
 
 
@@ -222,14 +197,8 @@ def _unsupported(name: str, value: object, model: str, remedy: str) -> ConfigErr
     )
 
 
-def _triple(value: Any) -> tuple[float, float, float]:  # noqa: ANN401
-    numbers = tuple(value) if isinstance(value, (tuple, list)) else (value,) * 3
-    first, second, third = (float(number) for number in numbers)
-    return first, second, third
-
-
 def _pad_color(mean: Any) -> tuple[int, int, int]:  # noqa: ANN401
-    first, second, third = (int(number * 255) for number in _triple(mean))
+    first, second, third = (int(number * 255) for number in triple(mean))
     return first, second, third
 
 
