@@ -177,19 +177,20 @@ ATTENTION_SIGNALS: Mapping[str, AttentionSignal] = {
 SHALLOW_SIGNALS = frozenset(n for n, s in ATTENTION_SIGNALS.items() if s.place == "shallow")
 
 
-def linear_maps(signals: frozenset[str], *, output: str) -> Mapping[Part, str]:
+def map_names(
+    *, output: str, queries: str = "q_proj", keys: str = "k_proj", values: str = "v_proj"
+) -> Mapping[Part, str]:
+    """Return the names of an attention module's linear maps, or of the norms behind them."""
+    return {"queries": queries, "keys": keys, "values": values, "output": output}
+
+
+def linear_maps(signals: frozenset[str], names: Mapping[Part, str]) -> Mapping[Part, str]:
     """Return the linear maps of an attention module whose results some signals are made of.
 
     Args:
         signals: names in `ATTENTION_SIGNALS`.
-        output: name of the module's last linear map.
+        names: of all its maps.
     """
-    names: Mapping[Part, str] = {
-        "queries": "q_proj",
-        "keys": "k_proj",
-        "values": "v_proj",
-        "output": output,
-    }
     wanted = {part for name in signals for part in ATTENTION_SIGNALS[name].parts}
     return {part: name for part, name in names.items() if part in wanted}
 
@@ -198,8 +199,8 @@ class AttentionProbe:
     """Catches what one self-attention module makes while it runs.
 
     Args:
-        attention: a module with linear maps `q_proj`, `k_proj`, `v_proj` and no rotary embedding.
-        output: name of its last linear map.
+        attention: a module with linear maps for queries, keys and values, and no rotary embedding.
+        names: of its maps; see `map_names`.
         num_heads: of the attention.
         has_class: whether the first token is a class token.
         signals: which signals of this module to compute.
@@ -209,7 +210,7 @@ class AttentionProbe:
         self,
         attention: nn.Module,
         *,
-        output: str,
+        names: Mapping[Part, str],
         num_heads: int,
         has_class: bool,
         signals: frozenset[str],
@@ -219,7 +220,7 @@ class AttentionProbe:
         self._signals = sorted(signals)
         self._maps = {
             part: attention.get_submodule(name)
-            for part, name in linear_maps(signals, output=output).items()
+            for part, name in linear_maps(signals, names).items()
         }
         self._caught: dict[Part, Tensor] = {}
         for part, linear in self._maps.items():

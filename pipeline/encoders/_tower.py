@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from pipeline.encoders._signals import ATTENTION_SIGNALS, AttentionProbe, linear_maps
+from pipeline.encoders._signals import ATTENTION_SIGNALS, AttentionProbe, linear_maps, map_names
 from pipeline.encoders._tower_plan import Family, TowerPlan
 from pipeline.encoders._weights import Checkpoint, Source, fill, locate
 
@@ -50,7 +50,7 @@ class Tower:
         self._probes = {
             block: AttentionProbe(
                 self._layers[block].get_submodule(family.attention),
-                output=family.output,
+                names=map_names(output=family.output),
                 num_heads=plan.config.num_attention_heads,
                 has_class=family.has_class_token,
                 signals=names,
@@ -148,7 +148,7 @@ def _skeleton(plan: TowerPlan, signals: frozenset[str]) -> Any:  # noqa: ANN401
 def _reduce_to_maps(layer: nn.Module, family: Family, signals: frozenset[str]) -> None:
     """Take from a layer all that its own signals are not made of."""
     attention = layer.get_submodule(family.attention)
-    maps = linear_maps(signals, output=family.output).values()
+    maps = linear_maps(signals, map_names(output=family.output)).values()
     for module, kept in ((layer, (family.attention, family.attention_norm)), (attention, maps)):
         for name, _ in list(module.named_children()):
             if name not in kept:

@@ -14,6 +14,7 @@ from pipeline import encoders
 from pipeline.errors import ConfigError, MissingSignalError
 from pipeline.types import SIGNALS
 from tests.encoders import tiny_models
+from tests.encoders.tiny_families import FAMILIES, save_family
 
 IMAGES = [tiny_models.photo("coffee"), tiny_models.photo("chelsea")]
 
@@ -25,11 +26,13 @@ def name(request):
 
 @pytest.fixture
 def options(name, tmp_path):
-    """Options of an encoder on a small model; `save_<name>` in tiny_models writes it."""
+    """Options of an encoder on a small model."""
     if name == "vit":
         tiny_models.save_vit(tmp_path, "dinov2_with_registers")
+    elif name == "llava":
+        tiny_models.save_llava(tmp_path)
     else:
-        getattr(tiny_models, f"save_{name}")(tmp_path)
+        save_family(tmp_path, next(n for n, f in FAMILIES.items() if f.encoder == name))
     return {"model": str(tmp_path)}
 
 
@@ -95,11 +98,11 @@ def test_its_tokens_keep_the_promises_of_their_type(encoder):
     results = encoder.encode(IMAGES)
 
     assert sorted(i for tokens in results for i in tokens.image_indices) == [0, 1]
-    assert len({tokens.grid for tokens in results}) == len(results)
+    assert len({(tokens.grid, tokens.num_views) for tokens in results}) == len(results)
     for tokens in results:
         count, num_tokens, width = tokens.features.shape
         assert count == len(tokens.image_indices)
-        assert num_tokens == tokens.grid[0] * tokens.grid[1]
+        assert num_tokens == tokens.num_views * tokens.grid[0] * tokens.grid[1]
         assert width == encoder.width
         assert tokens.features.isfinite().all()
         assert set(tokens.signals) == encoder.yields
