@@ -1,33 +1,59 @@
 """Hand cached tokens to transformers, in place of pixels.
 
-Works with the `mm_encoder_outputs` input of transformers 5.23 and later, for models whose image
-tokens stand in the text like words, one position each: LLaVA-1.5, LLaVA-NeXT, LLaVA-OneVision.
-Nothing of the vision tower is used, so it need not be on the accelerator.
+Works with the `mm_encoder_outputs` input of transformers 5.23 and later. Nothing of the vision
+tower is used, so it need not be on the accelerator.
 
 T text and image tokens of the longest prompt; P prompts.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
-from pipeline.consumers.placement import HasFeatures, check_placement, place_tokens, widen_bias
+from pipeline.consumers.arrangement import ROW_END, Arrangement, arrange, in_order, kept_slots
+from pipeline.consumers.placement import (
+    HasFeatures,
+    HasPlaces,
+    check_placement,
+    check_places,
+    widen_bias,
+)
+from pipeline.consumers.prompt import image_marker, write_images
 from pipeline.errors import ConfigError
-from pipeline.types import Placement
+from pipeline.types import Placement, TileLayout
 
-MODEL_TYPES = frozenset({"llava", "llava_next", "llava_onevision"})
-"""`config.model_type` of the models served. Others place image tokens on a grid (Qwen-VL) or take
-their features in another form (InternVL, Gemma)."""
+MODEL_TYPES = frozenset(
+    {
+        "gemma3",
+        "idefics3",
+        "internvl",
+        "llava",
+        "llava_next",
+        "llava_onevision",
+        "paligemma",
+        "qwen2_5_vl",
+        "qwen3_vl",
+        "smolvlm",
+    }
+)
+"""`config.model_type` of the models served."""
 
-PROJECTED_HERE = frozenset({"llava"})
-"""Those whose `pre_projector` features can be used: the others cut and pad after projecting."""
+PROJECTED_HERE = frozenset({"llava", "llava_next", "paligemma"})
+"""Those whose `pre_projector` features can be used: the others make one token of several before
+they project, or resample tokens after it."""
 
 STAGES = ("projected", "pre_projector")
 """Stages of stored features: as the language model takes them, or as the tower gives them."""
+
+_AS_ONE_TENSOR = frozenset({"gemma3", "internvl", "paligemma"})
+_ON_A_GRID = frozenset({"qwen2_5_vl", "qwen3_vl"})
+_WITH_ROW_ENDS = frozenset({"llava_next", "llava_onevision"})
 
 
 def prepare(
@@ -41,27 +67,36 @@ def prepare(
 ) -> dict[str, Any]:
     """Return the inputs of `generate` and `forward` for prompts with cached images.
 
-    Every image token in a prompt (`<image>` for LLaVA) is repeated once per kept token of its
-    image, so images of one batch may differ in how many they kept. Prompts are padded on the
-    left, as `generate` needs. What generate returns starts with these `input_ids`. Call again for
-    the next `generate`: transformers may change the result where it searches with beams.
+    Prompts are written as for the model's own processor, with one image token per image: what its
+    chat template gives. The token is replaced by as many as the image kept, and by what the family
+    puts around and between them, so images of one batch may differ in how many they kept. Prompts
+    are padded on the left, as `generate` needs. What generate returns starts with these
+    `input_ids`. Call again for the next `generate`: transformers may change the result where it
+    searches with beams.
+
+    A model with M-RoPE (Qwen-VL) is told the place of each kept token on the image's grid, and text
+    goes on behind the whole grid (`original`), or one place for each token (`packed`). Sliding
+    windows (Gemma 3) count the tokens that are there, not their positions.
 
     Args:
         model: a `...ForConditionalGeneration` of one of `MODEL_TYPES`.
         processor: the model's processor, or its tokenizer alone.
         prompts: P texts, each with one image token per image of its own; it may have none.
         carved: the images of all prompts in order of appearance, each (K, D) features or an
-            object that holds them as `features`; any float dtype, any device.
+            object that holds them as `features`; any float dtype, any device. Rows of a cache say
+            besides where their tokens come from (`HasPlaces`). Bare features are taken in the
+            order in which the model is fed them, with whatever it puts at the ends of rows.
         stage: where the features were stored. `pre_projector` ones go through the model's own
             projector here, with gradients where they are enabled, so that it can be trained.
-        placement: of the kept tokens. All but `packed` need images that say where their tokens
-            come from (`HasPlaces`).
+        placement: of the kept tokens. All but `packed` need rows of a cache.
 
     Returns:
         `input_ids` (P, T) int64, `attention_mask` (P, T) int64, and, where there are images,
         `mm_encoder_outputs`; on the model's device. Besides, with `original` and `weighted`,
-        `position_ids` (P, T) int64, and with `weighted` `position_bias` (P, 1, 1, T), which
-        `forward` takes and `generate` does not: see `weighted_generate`.
+        `position_ids` (P, T) int64, of models with M-RoPE always (3, P, T); with `weighted`
+        `position_bias` (P, 1, 1, T), which `forward` takes and `generate` does not: see
+        `weighted_generate`; and `token_type_ids` (P, T) where the model attends to all of an image
+        (Gemma 3) or of the prompt (PaliGemma) at once.
 
     Raises:
         ConfigError: the model, the tokenizer, the stage or the placement cannot be used this way,
@@ -69,27 +104,35 @@ def prepare(
         ValueError: no prompts, an image without tokens, or not as many images as image tokens.
         TypeError: an image without places where they are needed.
     """
-    _check_model(model, stage)
+    kind = _check_model(model, stage)
     check_placement(model, placement)
-    rows = [_rows(image, index) for index, image in enumerate(carved)]
     tokenizer = getattr(processor, "tokenizer", processor)
-    written = _tokenize(tokenizer, prompts)
-    ids = _expand(written, model.config.image_token_id, rows)
+    images = [_Seen.of(kind, image, index) for index, image in enumerate(carved)]
+    if placement != "packed":
+        _check_all_placed(carved)
+    written = _write(kind, tokenizer, prompts, images, int(model.config.image_token_id))
     pad_id = _pad_id(tokenizer, model.config.image_token_id)
+    ids = [prompt.ids for prompt in written]
     inputs: dict[str, Any] = {
         "input_ids": _pad_left(ids, pad_id).to(model.device),
         "attention_mask": _pad_left([torch.ones_like(i) for i in ids], 0).to(model.device),
     }
-    if placement != "packed":
-        places, biases = place_tokens(written, int(model.config.image_token_id), carved)
+    if kind in _ON_A_GRID:
+        places = [_on_grid(prompt, is_packed=placement == "packed") for prompt in written]
+        inputs["position_ids"] = torch.stack(
+            [_pad_left([axes[axis] for axes in places], 0) for axis in range(3)]
+        ).to(model.device)
+    elif placement != "packed":
+        places = [prompt.slots for prompt in written]
         inputs["position_ids"] = _pad_left(places, 0).to(model.device)
-        if placement == "weighted":
-            bias_PT = _pad_left(biases, 0.0).to(model.device, model.dtype)
-            inputs["position_bias"] = bias_PT[:, None, None]
-    if rows:
-        features = _features(model, rows, stage)
-        outputs = BaseModelOutputWithPooling(pooler_output=features)
-        inputs["mm_encoder_outputs"] = {"image": outputs}
+    if placement == "weighted":
+        bias_PT = _pad_left([prompt.bias for prompt in written], 0.0)
+        inputs["position_bias"] = bias_PT.to(model.device, model.dtype)[:, None, None]
+    if kind in ("gemma3", "paligemma"):
+        is_image = inputs["input_ids"] == model.config.image_token_id
+        inputs["token_type_ids"] = is_image.long() * (kind == "gemma3")
+    if images:
+        inputs["mm_encoder_outputs"] = {"image": _outputs(model, kind, images, stage)}
     return inputs
 
 
@@ -118,14 +161,68 @@ def weighted_generate(model: Any, inputs: Mapping[str, Any], **options: Any) -> 
         num_columns = num_known + values["inputs_embeds"].shape[1]
         return args, {**values, "position_bias": widen_bias(bias_P11T, num_columns)}
 
-    hook = model.base_model.language_model.register_forward_pre_hook(add_bias, with_kwargs=True)
+    language_model = getattr(model.base_model, "language_model", None)
+    if language_model is None:
+        language_model = model.base_model.text_model
+    hook = language_model.register_forward_pre_hook(add_bias, with_kwargs=True)
     try:
         return model.generate(**inputs, **options)
     finally:
         hook.remove()
 
 
-def _check_model(model: Any, stage: str) -> None:  # noqa: ANN401
+@dataclass(frozen=True, kw_only=True)
+class _Seen:
+    """One image as the model is fed it."""
+
+    features: Tensor  # (K, D) as stored
+    arrangement: Arrangement  # of all that there was
+    slots: Tensor  # (T,) of the arrangement, those that stay
+    rows: Tensor  # (T,) which of the K tokens stands there, or ROW_END
+    sizes: Tensor | None  # (K,)
+    grid: tuple[int, int, int] | None
+    positions: Tensor | None
+    tiles: TileLayout | None
+
+    @classmethod
+    def of(cls, kind: str, image: Tensor | HasFeatures, index: int) -> "_Seen":
+        features_KD = _rows(image, index)
+        if not isinstance(image, HasPlaces):
+            arrangement = in_order(len(features_KD))
+            slots = rows = torch.arange(len(features_KD))
+            sizes = grid = positions = tiles = None
+        else:
+            check_places(image, index)
+            grid, positions, sizes = image.grid, image.positions.cpu(), image.sizes.cpu()
+            tiles = getattr(image, "tiles", None)
+            arrangement = arrange(kind, grid, tiles)
+            slots, rows = kept_slots(arrangement, positions)
+            if not len(slots):
+                raise ValueError(f"image {index} kept only tokens that lie in its padding")
+        return cls(
+            features=features_KD,
+            arrangement=arrangement,
+            slots=slots,
+            rows=rows,
+            sizes=sizes,
+            grid=grid,
+            positions=positions,
+            tiles=tiles,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Prompt:
+    """One prompt, tokenized; T of its tokens stay."""
+
+    ids: Tensor  # (T,)
+    slots: Tensor  # (T,) where each would stand if nothing had been carved
+    bias: Tensor  # (T,) logarithm of the size
+    image: Tensor  # (T,) which image of the prompt a token is of; -1 for text
+    images: Sequence[_Seen]  # of this prompt
+
+
+def _check_model(model: Any, stage: str) -> str:  # noqa: ANN401
     if stage not in STAGES:
         raise ConfigError(f"no stage {stage!r}; known: {', '.join(STAGES)}")
     kind = model.config.model_type
@@ -140,9 +237,10 @@ def _check_model(model: Any, stage: str) -> None:  # noqa: ANN401
         )
     if stage == "pre_projector" and kind not in PROJECTED_HERE:
         raise ConfigError(
-            f"models of type {kind!r} arrange their tokens after projecting them, so features of "
-            "stage 'pre_projector' cannot be used; store them with stage 'projected'"
+            f"models of type {kind!r} do more to tokens than project them, so features of stage "
+            "'pre_projector' cannot be used; store them with stage 'projected'"
         )
+    return str(kind)
 
 
 def _rows(image: Tensor | HasFeatures, index: int) -> Tensor:
@@ -160,28 +258,108 @@ def _rows(image: Tensor | HasFeatures, index: int) -> Tensor:
     return rows_KD
 
 
-def _tokenize(tokenizer: Any, prompts: Sequence[str]) -> list[Tensor]:  # noqa: ANN401
+def _write(
+    kind: str,
+    tokenizer: Any,  # noqa: ANN401
+    prompts: Sequence[str],
+    images: Sequence[_Seen],
+    image_token_id: int,
+) -> list[_Prompt]:
+    """Tokenize the prompts, with all that stands for their images."""
     if isinstance(prompts, str) or not prompts:
         raise ValueError(f"prompts are {prompts!r}, expected a list of at least one text")
-    encoded = tokenizer(list(prompts), padding=False, return_attention_mask=False)
-    return [torch.tensor(ids, dtype=torch.long) for ids in encoded["input_ids"]]
+    texts, counts = list(prompts), None
+    marker = image_marker(kind, tokenizer)
+    if marker is not None:
+        counts = [text.count(marker) for text in texts]
+        _check_count(counts, len(images), marker)
+        texts = [
+            write_images(kind, tokenizer, text, [image.tiles for image in own])
+            for text, own in zip(texts, _split(images, counts), strict=True)
+        ]
+    encoded = tokenizer(texts, padding=False, return_attention_mask=False)["input_ids"]
+    ids = [torch.tensor(row, dtype=torch.long) for row in encoded]
+    if counts is None:
+        counts = [int((row == image_token_id).sum()) for row in ids]
+        _check_count(counts, len(images), f"id {image_token_id}")
+    split = _split(images, counts)
+    return [_expand(row, image_token_id, own) for row, own in zip(ids, split, strict=True)]
 
 
-def _expand(ids: Sequence[Tensor], image_token_id: int, rows: Sequence[Tensor]) -> list[Tensor]:
-    """Repeat each image token once per kept token of its image."""
-    images_per_prompt = [int((prompt == image_token_id).sum()) for prompt in ids]
-    if sum(images_per_prompt) != len(rows):
+def _check_count(counts: Sequence[int], num_images: int, token: str) -> None:
+    if sum(counts) != num_images:
         raise ValueError(
-            f"{len(rows)} images for {sum(images_per_prompt)} image tokens (id {image_token_id}) "
-            f"in the prompts, which hold {images_per_prompt}; write one image token per image"
+            f"{num_images} images for {sum(counts)} image tokens ({token}) in the prompts, which "
+            f"hold {list(counts)}; write one image token per image"
         )
-    kept = torch.tensor([len(image) for image in rows], dtype=torch.long)
-    expanded = []
-    for prompt, counts in zip(ids, torch.split(kept, images_per_prompt), strict=True):
-        repeats = torch.ones_like(prompt)
-        repeats[prompt == image_token_id] = counts
-        expanded.append(prompt.repeat_interleave(repeats))
-    return expanded
+
+
+def _split(images: Sequence[_Seen], counts: Sequence[int]) -> list[Sequence[_Seen]]:
+    rest = iter(images)
+    return [[next(rest) for _ in range(count)] for count in counts]
+
+
+def _expand(ids: Tensor, image_token_id: int, images: Sequence[_Seen]) -> _Prompt:
+    """Put in place of each image token the slots of its stretch, and drop those that are empty."""
+    runs = [length for image in images for length in image.arrangement.runs]
+    is_token = ids == image_token_id
+    if int(is_token.sum()) != len(runs):
+        raise ConfigError(
+            f"the tokenizer makes {int(is_token.sum())} image tokens (id {image_token_id}) of "
+            f"{len(runs)}: it is not that of the model"
+        )
+    repeats = torch.ones_like(ids)
+    repeats[is_token] = torch.tensor(runs, dtype=torch.long)
+    full = ids.repeat_interleave(repeats)
+    at_image = full == image_token_id
+    stays, bias = ~at_image, torch.zeros(len(full))
+    owner = torch.full((len(full),), -1)
+    lengths = [sum(image.arrangement.runs) for image in images]
+    starts = torch.split(at_image.nonzero(as_tuple=True)[0], lengths)
+    for number, (image, where) in enumerate(zip(images, starts, strict=True)):
+        kept = where[image.slots]
+        stays[kept], owner[kept] = True, number
+        if image.sizes is not None:
+            own = image.sizes[image.rows.clamp_min(0)].log()
+            bias[kept] = torch.where(image.rows == ROW_END, 0.0, own)
+    (slots,) = stays.nonzero(as_tuple=True)
+    return _Prompt(
+        ids=full[slots], slots=slots, bias=bias[slots], image=owner[slots], images=images
+    )
+
+
+def _on_grid(prompt: _Prompt, *, is_packed: bool) -> Tensor:
+    """Return (3, T): time, row and column of each token.
+
+    Text goes on behind the longest edge of the whole grid, as `get_rope_index` of transformers has
+    it.
+    """
+    if is_packed:
+        return torch.arange(len(prompt.ids)).expand(3, -1)
+    axes, start, place = [], 0, 0
+    for number, length in _stretches(prompt.image):
+        if number < 0:
+            axes.append((start + torch.arange(length)).expand(3, -1))
+            start += length
+        else:
+            image = prompt.images[number]
+            assert image.grid is not None and image.positions is not None
+            own = torch.unravel_index(image.positions, image.grid)
+            axes.append(start + torch.stack(own))
+            start += max(image.grid)
+        place += length
+    return torch.cat(axes, dim=1)
+
+
+def _stretches(owner: Tensor) -> Iterator[tuple[int, int]]:
+    """Yield each run of tokens of one image or of text, with its length."""
+    numbers, lengths = torch.unique_consecutive(owner, return_counts=True)
+    yield from zip(numbers.tolist(), lengths.tolist(), strict=True)
+
+
+def _check_all_placed(carved: Sequence[Tensor | HasFeatures]) -> None:
+    for index, image in enumerate(carved):
+        check_places(image, index)
 
 
 def _pad_id(tokenizer: Any, image_token_id: int) -> int:  # noqa: ANN401
@@ -199,12 +377,42 @@ def _pad_left(rows: Sequence[Tensor], value: float) -> Tensor:
     return pad_sequence(list(rows), batch_first=True, padding_value=value, padding_side="left")
 
 
-def _features(model: Any, rows: Sequence[Tensor], stage: str) -> list[Tensor]:  # noqa: ANN401
+def _outputs(
+    model: Any,  # noqa: ANN401
+    kind: str,
+    images: Sequence[_Seen],
+    stage: str,
+) -> BaseModelOutputWithPooling:
+    """Return what the model's own `get_image_features` would."""
+    features = _features(model, images, stage)
+    rows = [_with_ends(model, kind, *pair) for pair in zip(features, images, strict=True)]
+    if kind in _AS_ONE_TENSOR:
+        return BaseModelOutputWithPooling(pooler_output=torch.cat(rows))
+    if kind != "qwen3_vl":
+        return BaseModelOutputWithPooling(pooler_output=rows)
+    width = model.config.get_text_config().hidden_size
+    planes = [list(torch.split(image, width, dim=1)) for image in rows]
+    first, *deeper = ([own[plane] for own in planes] for plane in range(len(planes[0])))
+    return BaseModelOutputWithDeepstackFeatures(pooler_output=first, deepstack_features=deeper)
+
+
+def _with_ends(model: Any, kind: str, features_KD: Tensor, image: _Seen) -> Tensor:  # noqa: ANN401
+    """Return (T, D): an image's tokens in the order of its slots, and the ends of its rows."""
+    rows = image.rows.to(features_KD.device)
+    ordered_TD = features_KD[rows.clamp_min(0)]
+    if kind not in _WITH_ROW_ENDS:
+        return ordered_TD
+    end_D = model.base_model.image_newline.to(ordered_TD)
+    return torch.where((rows == ROW_END)[:, None], end_D, ordered_TD)
+
+
+def _features(model: Any, images: Sequence[_Seen], stage: str) -> list[Tensor]:  # noqa: ANN401
     """Return the features of each image as the language model takes them."""
+    rows = [image.features for image in images]
     if stage == "projected":
-        width = model.config.get_text_config().hidden_size
-        remedy = "stored before the projector? then pass stage='pre_projector'"
-        _check_width(rows, width, remedy)
+        _check_width(
+            rows, _fed_width(model), "stored before the projector? then pass stage='pre_projector'"
+        )
         return [image.to(model.device) for image in rows]
     projector: nn.Module = model.base_model.multi_modal_projector
     _check_width(rows, _tower_width(model), "stored after the projector? then stage='projected'")
@@ -213,9 +421,15 @@ def _features(model: Any, rows: Sequence[Tensor], stage: str) -> list[Tensor]:  
     return list(torch.split(projector(joined), [len(image) for image in rows]))
 
 
+def _fed_width(model: Any) -> int:  # noqa: ANN401
+    """Return how wide features are that the language model is fed, in deeper layers too."""
+    planes = getattr(model.config.vision_config, "deepstack_visual_indexes", None) or []
+    return int(model.config.get_text_config().hidden_size) * (1 + len(planes))
+
+
 def _tower_width(model: Any) -> int:  # noqa: ANN401
     """Return how wide the tower's features are: it may give those of several layers."""
-    layers = model.config.vision_feature_layer
+    layers = getattr(model.config, "vision_feature_layer", -1)
     num_layers = 1 if isinstance(layers, int) else len(layers)
     return int(model.config.vision_config.hidden_size * num_layers)
 

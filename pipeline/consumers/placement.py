@@ -1,22 +1,19 @@
-"""Where kept tokens stand in a prompt, and what each counts for; see `types.Placement`.
-
-T tokens of a prompt.
-"""
+"""Where kept tokens stand in a prompt, and what each counts for; see `types.Placement`."""
 
 from collections.abc import Sequence
 from math import prod
 from typing import Any, Protocol, get_args, runtime_checkable
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
 from pipeline.errors import ConfigError
 from pipeline.types import Placement
 
-PLACED = frozenset({"llava"})
-"""Those whose image is its grid of tokens and nothing else, so that tokens can stand in their
-original places: the others put ends of rows between them, and tiles of several sizes."""
+WEIGHTED = frozenset(
+    {"llava", "llava_next", "llava_onevision", "internvl", "qwen2_5_vl", "qwen3_vl"}
+)
+"""Those whose language model passes a bias on to its attention."""
 
 
 class HasFeatures(Protocol):
@@ -50,10 +47,10 @@ def check_placement(model: Any, placement: str) -> None:  # noqa: ANN401  (untyp
         known = ", ".join(get_args(Placement))
         raise ConfigError(f"no placement {placement!r}; known: {known}")
     kind = model.config.model_type
-    if placement != "packed" and kind not in PLACED:
+    if placement == "weighted" and kind not in WEIGHTED:
         raise ConfigError(
-            f"models of type {kind!r} can only be given tokens with placement 'packed', not "
-            f"{placement!r}: they put other tokens between those of an image"
+            f"models of type {kind!r} cannot be given tokens with placement 'weighted'; known: "
+            f"{', '.join(sorted(WEIGHTED))}"
         )
     attention = model.config.get_text_config()._attn_implementation
     if placement == "weighted" and attention != "sdpa":
@@ -65,60 +62,29 @@ def check_placement(model: Any, placement: str) -> None:  # noqa: ANN401  (untyp
 
 
 def with_places(images: Sequence[Tensor | HasFeatures]) -> list[HasPlaces]:
-    """Return the images if all say where their tokens come from.
+    """Return the images if all say where their tokens come from; see `check_places`."""
+    return [check_places(image, index) for index, image in enumerate(images)]
+
+
+def check_places(image: Tensor | HasFeatures, index: int) -> HasPlaces:
+    """Return an image that says where its tokens come from.
 
     Raises:
-        TypeError: one does not.
-        ValueError: one has a token outside its grid.
+        TypeError: it does not.
+        ValueError: it has a token outside its grid.
     """
-    checked = []
-    for index, image in enumerate(images):
-        if not isinstance(image, HasPlaces):
-            raise TypeError(
-                f"image {index} is a {type(image).__name__} without positions, sizes and grid, "
-                "which only placement 'packed' can do without; give what a cache or a dataset gave"
-            )
-        last, num_source = int(image.positions.max()), prod(image.grid)
-        if last >= num_source:
-            raise ValueError(
-                f"image {index} has a token at position {last} of a grid {image.grid}, which has "
-                f"{num_source}"
-            )
-        checked.append(image)
-    return checked
-
-
-def place_tokens(
-    ids: Sequence[Tensor], image_token_id: int, images: Sequence[Tensor | HasFeatures]
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Return for each prompt (T,) positions, and (T,) what is added to its attention scores.
-
-    Args:
-        ids: of the prompts, with one image token per image.
-        image_token_id: among the ids.
-        images: of all prompts in order of appearance, as many as there are image tokens.
-
-    Raises:
-        TypeError: an image does not say where its tokens come from.
-        ValueError: one has a token outside its grid.
-    """
-    rest = iter(with_places(images))
-    places, biases = [], []
-    for prompt in ids:
-        own_places, own_biases, start = [], [], 0
-        for token in prompt.tolist():
-            if token == image_token_id:
-                image = next(rest)
-                own_places.append(start + image.positions.cpu())
-                own_biases.append(image.sizes.cpu().log())
-                start += prod(image.grid)
-            else:
-                own_places.append(torch.tensor([start]))
-                own_biases.append(torch.zeros(1))
-                start += 1
-        places.append(torch.cat(own_places))
-        biases.append(torch.cat(own_biases))
-    return places, biases
+    if not isinstance(image, HasPlaces):
+        raise TypeError(
+            f"image {index} is a {type(image).__name__} without positions, sizes and grid, "
+            "which only placement 'packed' can do without; give what a cache or a dataset gave"
+        )
+    last, num_source = int(image.positions.max()), prod(image.grid)
+    if last >= num_source:
+        raise ValueError(
+            f"image {index} has a token at position {last} of a grid {image.grid}, which has "
+            f"{num_source}"
+        )
+    return image
 
 
 def widen_bias(bias_P11T: Tensor, num_columns: int) -> Tensor:

@@ -28,6 +28,7 @@ from pipeline.errors import ConfigError
 from pipeline.evaluation.questions import PLAIN_TEMPLATE, fill_template
 from pipeline.types import Placement
 
+_MODEL_TYPES = ("llava",)  # questions of one image are asked together behind its tokens
 _SHARED, _PADDING = -1, -2  # owners of columns that belong to no prompt
 
 
@@ -283,11 +284,10 @@ def load_model(
     logging.disable_progress_bar()
     try:
         config = transformers.AutoConfig.from_pretrained(place, revision=revision)
-        if config.model_type not in hf.MODEL_TYPES:
-            known = ", ".join(sorted(hf.MODEL_TYPES))
+        if config.model_type not in _MODEL_TYPES:
             raise ConfigError(
-                f"model {place!r} is a {config.model_type!r}, which cannot be given visual tokens "
-                f"yet; known: {known}"
+                f"model {place!r} is a {config.model_type!r}, which cannot be evaluated; known: "
+                f"{', '.join(_MODEL_TYPES)}"
             )
         model = transformers.AutoModelForImageTextToText.from_pretrained(
             place,
