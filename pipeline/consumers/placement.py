@@ -10,11 +10,6 @@ from torch.nn import functional
 from pipeline.errors import ConfigError
 from pipeline.types import Placement
 
-WEIGHTED = frozenset(
-    {"llava", "llava_next", "llava_onevision", "internvl", "qwen2_5_vl", "qwen3_vl"}
-)
-"""Those whose language model passes a bias on to its attention."""
-
 
 class HasFeatures(Protocol):
     """Anything with `features` (K, D), such as `CarvedTokens` or a row of a cache."""
@@ -46,12 +41,6 @@ def check_placement(model: Any, placement: str) -> None:  # noqa: ANN401  (untyp
     if placement not in get_args(Placement):
         known = ", ".join(get_args(Placement))
         raise ConfigError(f"no placement {placement!r}; known: {known}")
-    kind = model.config.model_type
-    if placement == "weighted" and kind not in WEIGHTED:
-        raise ConfigError(
-            f"models of type {kind!r} cannot be given tokens with placement 'weighted'; known: "
-            f"{', '.join(sorted(WEIGHTED))}"
-        )
     attention = model.config.get_text_config()._attn_implementation
     if placement == "weighted" and attention != "sdpa":
         raise ConfigError(
