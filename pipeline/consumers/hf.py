@@ -6,8 +6,7 @@ tower is used, so it need not be on the accelerator.
 T text and image tokens of the longest prompt; P prompts.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,17 +15,11 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
-from pipeline.consumers.arrangement import ROW_END, Arrangement, arrange, in_order, kept_slots
-from pipeline.consumers.placement import (
-    HasFeatures,
-    HasPlaces,
-    check_placement,
-    check_places,
-    widen_bias,
-)
-from pipeline.consumers.prompt import image_marker, write_images
+from pipeline.consumers.arrangement import ROW_END
+from pipeline.consumers.placement import HasFeatures, check_placement, widen_bias, with_places
+from pipeline.consumers.prompt_layout import FedImage, grid_positions, lay_out
 from pipeline.errors import ConfigError
-from pipeline.types import Placement, TileLayout
+from pipeline.types import Placement
 
 MODEL_TYPES = frozenset(
     {
@@ -107,10 +100,10 @@ def prepare(
     kind = _check_model(model, stage)
     check_placement(model, placement)
     tokenizer = getattr(processor, "tokenizer", processor)
-    images = [_Seen.of(kind, image, index) for index, image in enumerate(carved)]
+    images = [FedImage.of(kind, image, index) for index, image in enumerate(carved)]
     if placement != "packed":
-        _check_all_placed(carved)
-    written = _write(kind, tokenizer, prompts, images, int(model.config.image_token_id))
+        with_places(carved)
+    written = lay_out(kind, tokenizer, prompts, images, int(model.config.image_token_id))
     pad_id = _pad_id(tokenizer, model.config.image_token_id)
     ids = [prompt.ids for prompt in written]
     inputs: dict[str, Any] = {
@@ -118,7 +111,7 @@ def prepare(
         "attention_mask": _pad_left([torch.ones_like(i) for i in ids], 0).to(model.device),
     }
     if kind in _ON_A_GRID:
-        places = [_on_grid(prompt, is_packed=placement == "packed") for prompt in written]
+        places = [grid_positions(prompt, is_packed=placement == "packed") for prompt in written]
         inputs["position_ids"] = torch.stack(
             [_pad_left([axes[axis] for axes in places], 0) for axis in range(3)]
         ).to(model.device)
@@ -171,57 +164,6 @@ def weighted_generate(model: Any, inputs: Mapping[str, Any], **options: Any) -> 
         hook.remove()
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Seen:
-    """One image as the model is fed it."""
-
-    features: Tensor  # (K, D) as stored
-    arrangement: Arrangement  # of all that there was
-    slots: Tensor  # (T,) of the arrangement, those that stay
-    rows: Tensor  # (T,) which of the K tokens stands there, or ROW_END
-    sizes: Tensor | None  # (K,)
-    grid: tuple[int, int, int] | None
-    positions: Tensor | None
-    tiles: TileLayout | None
-
-    @classmethod
-    def of(cls, kind: str, image: Tensor | HasFeatures, index: int) -> "_Seen":
-        features_KD = _rows(image, index)
-        if not isinstance(image, HasPlaces):
-            arrangement = in_order(len(features_KD))
-            slots = rows = torch.arange(len(features_KD))
-            sizes = grid = positions = tiles = None
-        else:
-            check_places(image, index)
-            grid, positions, sizes = image.grid, image.positions.cpu(), image.sizes.cpu()
-            tiles = getattr(image, "tiles", None)
-            arrangement = arrange(kind, grid, tiles)
-            slots, rows = kept_slots(arrangement, positions)
-            if not len(slots):
-                raise ValueError(f"image {index} kept only tokens that lie in its padding")
-        return cls(
-            features=features_KD,
-            arrangement=arrangement,
-            slots=slots,
-            rows=rows,
-            sizes=sizes,
-            grid=grid,
-            positions=positions,
-            tiles=tiles,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Prompt:
-    """One prompt, tokenized; T of its tokens stay."""
-
-    ids: Tensor  # (T,)
-    slots: Tensor  # (T,) where each would stand if nothing had been carved
-    bias: Tensor  # (T,) logarithm of the size
-    image: Tensor  # (T,) which image of the prompt a token is of; -1 for text
-    images: Sequence[_Seen]  # of this prompt
-
-
 def _check_model(model: Any, stage: str) -> str:  # noqa: ANN401
     if stage not in STAGES:
         raise ConfigError(f"no stage {stage!r}; known: {', '.join(STAGES)}")
@@ -243,125 +185,6 @@ def _check_model(model: Any, stage: str) -> str:  # noqa: ANN401
     return str(kind)
 
 
-def _rows(image: Tensor | HasFeatures, index: int) -> Tensor:
-    rows_KD = image if isinstance(image, Tensor) else image.features
-    if rows_KD.ndim != 2 or len(rows_KD) == 0:
-        raise ValueError(
-            f"features of image {index} have the shape {tuple(rows_KD.shape)}, expected (K, D) "
-            "with K at least 1"
-        )
-    if not rows_KD.is_floating_point():
-        raise ValueError(
-            f"features of image {index} are {rows_KD.dtype}, expected floating point numbers: "
-            "unpack them first"
-        )
-    return rows_KD
-
-
-def _write(
-    kind: str,
-    tokenizer: Any,  # noqa: ANN401
-    prompts: Sequence[str],
-    images: Sequence[_Seen],
-    image_token_id: int,
-) -> list[_Prompt]:
-    """Tokenize the prompts, with all that stands for their images."""
-    if isinstance(prompts, str) or not prompts:
-        raise ValueError(f"prompts are {prompts!r}, expected a list of at least one text")
-    texts, counts = list(prompts), None
-    marker = image_marker(kind, tokenizer)
-    if marker is not None:
-        counts = [text.count(marker) for text in texts]
-        _check_count(counts, len(images), marker)
-        texts = [
-            write_images(kind, tokenizer, text, [image.tiles for image in own])
-            for text, own in zip(texts, _split(images, counts), strict=True)
-        ]
-    encoded = tokenizer(texts, padding=False, return_attention_mask=False)["input_ids"]
-    ids = [torch.tensor(row, dtype=torch.long) for row in encoded]
-    if counts is None:
-        counts = [int((row == image_token_id).sum()) for row in ids]
-        _check_count(counts, len(images), f"id {image_token_id}")
-    split = _split(images, counts)
-    return [_expand(row, image_token_id, own) for row, own in zip(ids, split, strict=True)]
-
-
-def _check_count(counts: Sequence[int], num_images: int, token: str) -> None:
-    if sum(counts) != num_images:
-        raise ValueError(
-            f"{num_images} images for {sum(counts)} image tokens ({token}) in the prompts, which "
-            f"hold {list(counts)}; write one image token per image"
-        )
-
-
-def _split(images: Sequence[_Seen], counts: Sequence[int]) -> list[Sequence[_Seen]]:
-    rest = iter(images)
-    return [[next(rest) for _ in range(count)] for count in counts]
-
-
-def _expand(ids: Tensor, image_token_id: int, images: Sequence[_Seen]) -> _Prompt:
-    """Put in place of each image token the slots of its stretch, and drop those that are empty."""
-    runs = [length for image in images for length in image.arrangement.runs]
-    is_token = ids == image_token_id
-    if int(is_token.sum()) != len(runs):
-        raise ConfigError(
-            f"the tokenizer makes {int(is_token.sum())} image tokens (id {image_token_id}) of "
-            f"{len(runs)}: it is not that of the model"
-        )
-    repeats = torch.ones_like(ids)
-    repeats[is_token] = torch.tensor(runs, dtype=torch.long)
-    full = ids.repeat_interleave(repeats)
-    at_image = full == image_token_id
-    stays, bias = ~at_image, torch.zeros(len(full))
-    owner = torch.full((len(full),), -1)
-    lengths = [sum(image.arrangement.runs) for image in images]
-    starts = torch.split(at_image.nonzero(as_tuple=True)[0], lengths)
-    for number, (image, where) in enumerate(zip(images, starts, strict=True)):
-        kept = where[image.slots]
-        stays[kept], owner[kept] = True, number
-        if image.sizes is not None:
-            own = image.sizes[image.rows.clamp_min(0)].log()
-            bias[kept] = torch.where(image.rows == ROW_END, 0.0, own)
-    (slots,) = stays.nonzero(as_tuple=True)
-    return _Prompt(
-        ids=full[slots], slots=slots, bias=bias[slots], image=owner[slots], images=images
-    )
-
-
-def _on_grid(prompt: _Prompt, *, is_packed: bool) -> Tensor:
-    """Return (3, T): time, row and column of each token.
-
-    Text goes on behind the longest edge of the whole grid, as `get_rope_index` of transformers has
-    it.
-    """
-    if is_packed:
-        return torch.arange(len(prompt.ids)).expand(3, -1)
-    axes, start, place = [], 0, 0
-    for number, length in _stretches(prompt.image):
-        if number < 0:
-            axes.append((start + torch.arange(length)).expand(3, -1))
-            start += length
-        else:
-            image = prompt.images[number]
-            assert image.grid is not None and image.positions is not None
-            own = torch.unravel_index(image.positions, image.grid)
-            axes.append(start + torch.stack(own))
-            start += max(image.grid)
-        place += length
-    return torch.cat(axes, dim=1)
-
-
-def _stretches(owner: Tensor) -> Iterator[tuple[int, int]]:
-    """Yield each run of tokens of one image or of text, with its length."""
-    numbers, lengths = torch.unique_consecutive(owner, return_counts=True)
-    yield from zip(numbers.tolist(), lengths.tolist(), strict=True)
-
-
-def _check_all_placed(carved: Sequence[Tensor | HasFeatures]) -> None:
-    for index, image in enumerate(carved):
-        check_places(image, index)
-
-
 def _pad_id(tokenizer: Any, image_token_id: int) -> int:  # noqa: ANN401
     for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         # A pad that is an image token would be counted as a place for features.
@@ -380,7 +203,7 @@ def _pad_left(rows: Sequence[Tensor], value: float) -> Tensor:
 def _outputs(
     model: Any,  # noqa: ANN401
     kind: str,
-    images: Sequence[_Seen],
+    images: Sequence[FedImage],
     stage: str,
 ) -> BaseModelOutputWithPooling:
     """Return what the model's own `get_image_features` would."""
@@ -396,7 +219,7 @@ def _outputs(
     return BaseModelOutputWithDeepstackFeatures(pooler_output=first, deepstack_features=deeper)
 
 
-def _with_ends(model: Any, kind: str, features_KD: Tensor, image: _Seen) -> Tensor:  # noqa: ANN401
+def _with_ends(model: Any, kind: str, features_KD: Tensor, image: FedImage) -> Tensor:  # noqa: ANN401
     """Return (T, D): an image's tokens in the order of its slots, and the ends of its rows."""
     rows = image.rows.to(features_KD.device)
     ordered_TD = features_KD[rows.clamp_min(0)]
@@ -406,7 +229,7 @@ def _with_ends(model: Any, kind: str, features_KD: Tensor, image: _Seen) -> Tens
     return torch.where((rows == ROW_END)[:, None], end_D, ordered_TD)
 
 
-def _features(model: Any, images: Sequence[_Seen], stage: str) -> list[Tensor]:  # noqa: ANN401
+def _features(model: Any, images: Sequence[FedImage], stage: str) -> list[Tensor]:  # noqa: ANN401
     """Return the features of each image as the language model takes them."""
     rows = [image.features for image in images]
     if stage == "projected":

@@ -63,15 +63,18 @@ class OwnModelEncoder(ViewEncoder):
     def _describe_options(self, signals: frozenset[str]) -> Mapping[str, Any]:
         return {"stage": "projected", "resize": self.resize}
 
+    def _used_settings(self) -> Mapping[str, Any]:
+        used = {"vision_config", *self.settings}
+        return {k: v for k, v in self._checkpoint.config.items() if k in used}
+
     def _build(self) -> nn.Module:
         kind = getattr(transformers, self.models[self._config.model_type])
         return build_model(lambda: kind(self._config), without=[self.language])
 
     def _reads(self, signals: frozenset[str]) -> Reads:
         sources = part_sources(self._build(), self._checkpoint, self.prefixes)
-        used = {"vision_config", *self.settings}
         return Reads(
-            settings={k: v for k, v in self._checkpoint.config.items() if k in used},
+            settings=self._used_settings(),
             keys=frozenset(source.key for source in sources.values()),
         )
 

@@ -21,15 +21,20 @@ from pipeline.errors import ConfigError, EncodeError
 from pipeline.types import TileLayout
 
 _MODULES: Mapping[str, str] = {
+    "BlipImageProcessor": "blip",
+    "CLIPImageProcessor": "clip",
     "Gemma3ImageProcessor": "gemma3",
     "GotOcr2ImageProcessor": "got_ocr2",
     "Idefics3ImageProcessor": "idefics3",
     "LlavaNextImageProcessor": "llava_next",
     "LlavaOnevisionImageProcessor": "llava_onevision",
     "Qwen2VLImageProcessor": "qwen2_vl",
+    "Siglip2ImageProcessor": "siglip2",
     "SiglipImageProcessor": "siglip",
     "SmolVLMImageProcessor": "smolvlm",
+    "ViTImageProcessor": "vit",
 }
+KNOWN_PROCESSORS = tuple(_MODULES)
 
 
 class Views(np.ndarray):

@@ -186,6 +186,42 @@ def qwen3_vl() -> transformers.PreTrainedModel:
     )
 
 
+def vipllava() -> transformers.PreTrainedModel:
+    return transformers.VipLlavaForConditionalGeneration(
+        transformers.VipLlavaConfig(
+            vision_config={"model_type": "clip_vision_model", **VISION},
+            text_config=TEXT,
+            image_token_index=IMAGE_ID,
+            vision_feature_layers=[-2, -1, 1],
+        )
+    )
+
+
+def aya_vision() -> transformers.PreTrainedModel:
+    return transformers.AyaVisionForConditionalGeneration(
+        transformers.AyaVisionConfig(
+            vision_config=SIGLIP,
+            text_config={**TEXT, "model_type": "cohere2", "head_dim": 6},
+            image_token_index=IMAGE_ID,
+            adapter_intermediate_size=40,
+        )
+    )
+
+
+def siglip2() -> transformers.PreTrainedModel:
+    vision = {k: v for k, v in VISION.items() if k != "image_size"}
+    return transformers.Siglip2VisionModel(
+        transformers.Siglip2VisionConfig(**vision, num_patches=16)
+    )
+
+
+def dinov3() -> transformers.PreTrainedModel:
+    vision = {k: v for k, v in VISION.items() if k != "intermediate_size"}
+    return transformers.DINOv3ViTModel(
+        transformers.DINOv3ViTConfig(**vision, intermediate_size=48, num_register_tokens=3)
+    )
+
+
 EDGE = VISION["image_size"]
 _SQUARE = {"height": EDGE, "width": EDGE}
 QWEN_PROCESSOR = {
@@ -258,6 +294,34 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "idefics3": Family(encoder="idefics3", model=idefics3, processor=_splitting("Idefics3")),
     "smolvlm": Family(encoder="idefics3", model=smolvlm, processor=_splitting("SmolVLM")),
+    "vipllava": Family(
+        encoder="image_features",
+        model=vipllava,
+        processor={
+            "image_processor_type": "CLIPImageProcessor",
+            "size": {"shortest_edge": EDGE},
+            "crop_size": _SQUARE,
+        },
+    ),
+    "aya_vision": Family(
+        encoder="image_features",
+        model=aya_vision,
+        processor={"image_processor_type": "SiglipImageProcessor", "size": _SQUARE},
+    ),
+    "siglip2": Family(
+        encoder="siglip2",
+        model=siglip2,
+        processor={
+            "image_processor_type": "Siglip2ImageProcessor",
+            "patch_size": 7,
+            "max_num_patches": 20,
+        },
+    ),
+    "dinov3": Family(
+        encoder="dinov3",
+        model=dinov3,
+        processor={"image_processor_type": "DINOv3ViTImageProcessorFast", "size": _SQUARE},
+    ),
     "qwen2_5_vl": Family(encoder="qwen_vl", model=qwen2_5_vl, processor=QWEN_PROCESSOR),
     "qwen3_vl": Family(encoder="qwen_vl", model=qwen3_vl, processor=QWEN_PROCESSOR),
 }
@@ -280,7 +344,13 @@ def upstream_inputs(path: Path, name: str, image: NDArray[np.uint8]) -> Mapping[
     processor = transformers.AutoImageProcessor.from_pretrained(path, backend="pil")
     asked = FAMILIES[name].asks or {}
     outputs = processor(image, return_tensors="pt", **asked)
-    known = ("pixel_values", "image_sizes", "image_grid_thw", "pixel_attention_mask")
+    known = (
+        "pixel_values",
+        "image_sizes",
+        "image_grid_thw",
+        "pixel_attention_mask",
+        "spatial_shapes",
+    )
     return {key: outputs[key] for key in known if key in outputs}
 
 
@@ -288,7 +358,20 @@ def upstream_features(
     model: transformers.PreTrainedModel, path: Path, name: str, image: NDArray[np.uint8]
 ) -> torch.Tensor:
     """Return (N, D): the tokens of one image by the model's own way from pixels."""
+    if name == "dinov3":  # its image processor needs torchvision: rescaled, then resized
+        floats = torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255
+        resized = torch.nn.functional.interpolate(
+            floats, (EDGE, EDGE), mode="bilinear", antialias=True
+        )
+        means, deviations = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+        scaled = [(resized[0, i] - means[i]) / deviations[i] for i in range(3)]
+        with torch.inference_mode():
+            return model(torch.stack(scaled)[None]).last_hidden_state[0, 4:]
     inputs = upstream_inputs(path, name, image)
+    if name == "siglip2":
+        with torch.inference_mode():
+            state = model(**inputs).last_hidden_state[0]
+        return state[inputs["pixel_attention_mask"][0].bool()]
     with torch.inference_mode():
         found = model.model.get_image_features(**inputs)
     rows = found.pooler_output
