@@ -1,5 +1,6 @@
 """Every family: cached tokens give what pixels give, and dropped ones are as if masked out."""
 
+import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,16 +10,24 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from PIL import Image
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
-from pipeline import encoders
+from pipeline import CarvedDataset, encoders, open_cache
+from pipeline.cache.commit import claim_identity
+from pipeline.carve_shard import ShardCarver
+from pipeline.config import parse_config
 from pipeline.consumers.arrangement import ROW_END, arrange
 from pipeline.consumers.hf import prepare, weighted_generate
 from pipeline.errors import ConfigError
+from pipeline.job import Job, resolve_job
+from pipeline.plan import make_plan
+from pipeline.storage import open_store
 from pipeline.types import TileLayout
 from tests.encoders.tiny_families import FAMILIES, IMAGE_ID, save_family, upstream_inputs
 from tests.encoders.tiny_models import photo
+from tests.fakes import write_tar
 
 IMAGES = [photo("coffee"), photo("chelsea")[:, :150], photo("coffee")[:90, 200:500]]
 WORDS = ["<unk>", "<s>", "</s>", "<pad>", "what", "is", "in", "this", "picture", "a", "dog", "cats"]
@@ -362,3 +371,45 @@ def test_an_image_of_another_model_is_refused(family: Family) -> None:
 
     with pytest.raises(ConfigError, match="in tiles"):
         family.prepared([family.prompt("a", "b")], [other])
+
+
+@pytest.mark.parametrize("name", ["llava_next", "llava_onevision", "idefics3", "qwen3_vl"])
+def test_what_was_carved_and_stored_gives_what_pixels_give(name: str, tmp_path: Path) -> None:
+    family = Family(name, tmp_path / "model", save_family(tmp_path / "model", name), None)
+    family.tokenizer = tokenizer_of(family.kind)
+    write_tar(tmp_path / "in" / "a.tar", [(f"{i}.png", as_png(im)) for i, im in enumerate(IMAGES)])
+    options = {"model": str(family.path), "resize": "pillow"}
+    values = {
+        "input": {"shards": str(tmp_path / "in")},
+        "output": {"url": str(tmp_path / "cache")},
+        "encoder": {"name": FAMILIES[name].encoder, "options": options},
+        "carver": {"name": "identity"},
+        "codec": {"name": "fp32"},
+    }
+    carve_all(resolve_job(parse_config(values, where="test")))
+
+    cache = open_cache(str(tmp_path / "cache"))
+    rows = [cache[key] for key in sorted(cache.keys())]
+    read = {r.key: r for r in CarvedDataset(cache).collate(list(CarvedDataset(cache))).images()}
+    for number, row in enumerate(rows):
+        assert read[row.key].tiles == row.tiles
+        prompts = [family.prompt("what is", "in this picture")]
+        inputs = family.prepared(prompts, [row], placement="original")
+        expected = logits(family.model, from_pixels(family, inputs["input_ids"], [number]))
+        torch.testing.assert_close(logits(family.model, inputs), expected, atol=1e-4, rtol=0)
+
+
+def as_png(image: np.ndarray) -> bytes:
+    sink = io.BytesIO()
+    Image.fromarray(image).save(sink, "PNG")
+    return sink.getvalue()
+
+
+def carve_all(job: Job) -> None:
+    store = open_store(job.config.output.url)
+    claim_identity(store, job.identity)
+    carver = ShardCarver(job)
+    carver.load()
+    for shard in make_plan(job, store).todo:
+        carver.carve(shard)
+    carver.close()
