@@ -106,6 +106,11 @@ def seen_image(
         ConfigError: the tokens do not lie over the image (the class token may be one of them), or
             tiles and views do not fit.
     """
+    if tiles is not None and tiles.canvas is not None:
+        raise ConfigError(
+            f"the canvas of this image was resampled to {tiles.canvas[0]} x {tiles.canvas[1]} "
+            "tokens, which lie over no patches of it, so they cannot be drawn; a smaller image can"
+        )
     if tiles is not None and num_views != 1 + tiles.rows * tiles.columns:
         raise ConfigError(
             f"{num_views} views do not fit {tiles.rows} x {tiles.columns} tiles and a thumbnail"

@@ -164,6 +164,13 @@ def test_a_line_shows_what_of_the_canvas_is_not_padding() -> None:
     assert drawn.getpixel((canvas, CELL - 1)) == ORANGE
 
 
+def test_a_resampled_canvas_is_refused_by_name() -> None:
+    tiles = TileLayout(rows=3, columns=3, unpadded=(0, 9, 0, 9), canvas=(5, 5))
+
+    with pytest.raises(ConfigError, match="resampled to 5 x 5 tokens"):
+        plain(1, 41, tiles=tiles)
+
+
 def test_tiles_that_do_not_fit_the_views_are_refused() -> None:
     tiles = TileLayout(rows=2, columns=2, unpadded=(0, 4, 0, 4))
 
