@@ -1,6 +1,7 @@
 """Which bytes of a checkpoint are read, what is refused, and what identifies its content."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,10 +9,12 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from pipeline import encoders
 from pipeline.errors import ConfigError
+from tests.encoders.tiny_families import save_family
 from tests.encoders.tiny_models import photo, save_llava, save_vit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -274,8 +277,8 @@ def status(name):
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 def run(model):
-    encoder = encoders.build("llava", {"model": model})
-    encoder.load(signals=frozenset({"cls_attention"}))
+    encoder = encoders.build(sys.argv[3], {"model": model})
+    encoder.load(signals=frozenset({sys.argv[4]}))
     encoder.encode([np.zeros((40, 40, 3), np.uint8)])
 
 run(sys.argv[1])
@@ -335,15 +338,48 @@ def test_loading_costs_little_more_memory_than_the_tower(tmp_path):
     tower_bytes = save_giant(tmp_path / "giant", tower_layers=6)
     size = (tmp_path / "giant" / "model.safetensors").stat().st_size
 
+    growth = measured_growth(tmp_path, "llava", "cls_attention")
+    assert tower_bytes > 60e6
+    assert size > 20 * tower_bytes
+    assert 0.9 * tower_bytes < growth < 1.5 * tower_bytes
+
+
+def measured_growth(path, encoder, signal):
+    """Return how far memory grows when the giant is loaded, beyond what the tiny one took."""
+    models = (str(path / "tiny"), str(path / "giant"))
     result = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(tmp_path / "tiny"), str(tmp_path / "giant")],
+        [sys.executable, "-c", MEASURE, *models, encoder, signal],
         capture_output=True,
         text=True,
         check=True,
         cwd=Path(__file__).parents[2],
     )
+    return int(result.stdout)
 
-    growth = int(result.stdout)
+
+def test_a_tower_with_code_of_its_own_costs_little_more_than_itself_either(tmp_path):
+    """Its whole model is built, the language model too, and none of that takes memory."""
+    save_family(tmp_path / "tiny", "qwen2_5_vl")
+    shutil.copytree(tmp_path / "tiny", tmp_path / "giant")
+    config = json.loads((tmp_path / "giant" / "config.json").read_text())
+    config["vision_config"] |= {
+        "depth": 6,
+        "hidden_size": 512,
+        "intermediate_size": 2048,
+        "out_hidden_size": 1024,
+    }
+    config["text_config"] |= {"hidden_size": 1024, "vocab_size": 300_000, "intermediate_size": 20_000}
+    (tmp_path / "giant" / "config.json").write_text(json.dumps(config))
+    with torch.device("meta"):
+        kind = transformers.Qwen2_5_VLConfig.from_dict(config)
+        visual = transformers.Qwen2_5_VLModel(kind).visual
+    tower = {f"visual.{k}": torch.randn(p.shape) for k, p in visual.named_parameters()}
+    tower_bytes = sum(tensor.nbytes for tensor in tower.values())
+    file = tmp_path / "giant" / "model.safetensors"
+    write_with_hole(file, tower, hole_floats=5 * tower_bytes)
+
+    growth = measured_growth(tmp_path, "qwen_vl", "received_attention")
+
     assert tower_bytes > 60e6
-    assert size > 20 * tower_bytes
+    assert file.stat().st_size > 20 * tower_bytes
     assert 0.9 * tower_bytes < growth < 1.5 * tower_bytes
