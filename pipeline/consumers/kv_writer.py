@@ -94,7 +94,7 @@ def write_prefixes(  # noqa: PLR0913  (one argument a setting)
     packer = codecs.build(codec, codec_options or {})
     settings = artefact_settings(cache, model, fixed_prompt(model, processor, prompt), placement)
     settings["codec"] = {"name": codec, "options": asdict(packer)}
-    store = artefact_store(cache.reader.store, KIND, name or codec)
+    store = artefact_store(cache.reader.store, KIND, codec if name is None else name)
     maker = _Maker(
         cache=cache,
         store=store,
@@ -194,7 +194,7 @@ class _Maker:
             files=tuple(files),
             num_read=counts["images"],
             num_written=counts["images"] - len(rejected),
-            rejected=Counter(sample.reason for sample in rejected),
+            rejected=dict(Counter(sample.reason for sample in rejected)),
             bytes_in=counts["bytes_in"],
             tokens_full=counts["tokens_in"],
             tokens_kept=counts["tokens_out"],
