@@ -1,5 +1,6 @@
 """Models with random weights, questions, and caches of their tokens, for the tests of prefixes."""
 
+import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -132,7 +133,13 @@ def claim_cache(store: Store, *, width: int = WIDTH, encoder: dict[str, Any] | N
 
 
 def add_shard(
-    store: Store, shard_id: str, keys: Sequence[str], *, num_tokens: int = 5, width: int = WIDTH
+    store: Store,
+    shard_id: str,
+    keys: Sequence[str],
+    *,
+    num_tokens: int = 5,
+    width: int = WIDTH,
+    work: str = "f" * 16,
 ) -> None:
     """Commit a shard of images whose tokens depend on their keys, and make a snapshot."""
     writer = ShardWriter(
@@ -159,7 +166,7 @@ def add_shard(
     record = Commit(
         shard_id=shard_id,
         shard=ShardRef(url=f"{shard_id}.tar", size=1, etag="e"),
-        work_fingerprint="f" * 16,
+        work_fingerprint=work,
         attempt=writer.attempt,
         files=tuple(writer.files),
         num_read=len(keys),
@@ -170,6 +177,7 @@ def add_shard(
         tokens_kept=0,
         bytes_tokens=0,
         seconds=0.0,
+        committed_at=time.time(),
     )
     try_commit(store, record)
     build_snapshot(store)

@@ -203,6 +203,17 @@ def test_a_cache_that_grew_costs_what_is_new(url, write, read) -> None:
     assert list(read(url).keys()) == [*ALL, "c0"]
 
 
+def test_a_shard_that_was_carved_again_is_made_again(url, write, read) -> None:
+    write(url)
+    add_shard(open_store(url), "a", ["a0", "a9"], num_tokens=3, work="e" * 16)
+
+    summary = write(url)
+
+    assert (summary.num_shards, summary.num_done_before, summary.num_images) == (2, 1, 2)
+    assert list(read(url)) == ["a0", "a9", "b0", "b1"]
+    assert len(read(url)["a0"].ranks) == 3
+
+
 def test_a_row_that_another_shard_hides_has_no_prefix_of_its_own(url, write, read) -> None:
     """Shards `a` and `c` hold `a1`; the first counts, as in the cache."""
     add_shard(open_store(url), "c", ["a1", "c0"])

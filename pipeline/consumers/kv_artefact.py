@@ -69,6 +69,9 @@ class PrefixArtefact:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def __iter__(self) -> Iterator[str]:
+        return self.keys()
+
     def __contains__(self, key: object) -> bool:
         return isinstance(key, str) and self.rows.contains(key)
 
