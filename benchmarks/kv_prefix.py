@@ -1,6 +1,6 @@
 """What stored keys and values cost and save, beside stored tokens.
 
-    python benchmarks/kv_prefix.py --work-dir DIR > benchmarks/kv_prefix.md
+    python benchmarks/kv_prefix.py --work-dir DIR --write-page
 
 Carves drawn pictures that the demo's model never saw, twice: all tokens, and few of them; makes the
 artefact `kv_prefix` of both with every codec, asks every question from both, and times the first
@@ -8,6 +8,7 @@ token of an answer. Caches and artefacts in the work directory are kept: the sam
 """
 
 import argparse
+import contextlib
 import io
 import json
 import logging
@@ -49,6 +50,7 @@ from pipeline.source import expand_shards
 from pipeline.storage import open_store
 from pipeline.types import Placement
 
+PAGE = Path(__file__).with_suffix(".md")
 SEED = "kv_prefix"
 PROMPT, QUESTION = "<image>", " {prompt}"
 MAX_NEW_TOKENS = 4  # the longest answers have 3 words and an end
@@ -315,6 +317,7 @@ def first_token(bench: Bench, setting: Setting) -> None:
 def first_token_of_shape(shape: Shape, rounds: int) -> None:
     """Print the same for a decoder of another shape, with random weights, and without pixels."""
     print(f"\n### {shape.timed_tokens} tokens, a decoder of the shape of {shape.name}\n")
+    print(SHAPE_NOTE)
     times_table(timed(shape.forms(TIMED), rounds), "tokens, int8")
 
 
@@ -322,20 +325,22 @@ BEGIN = """# Stored keys and values beside stored tokens
 
 Written by this command; by hand only what stands under *What this means*:
 
-    python benchmarks/kv_prefix.py --work-dir DIR > benchmarks/kv_prefix.md
+    python benchmarks/kv_prefix.py --work-dir DIR --write-page
 """
+SHAPE_NOTE = """Random weights, a vocabulary of 16 words, a question of 16; nothing is read from a disk.
+"""
+NOTES = ("<!-- by hand: begin -->\n", "<!-- by hand: end -->")
 
 
-def main() -> None:
-    """Parse the options and print the page."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work-dir", type=Path, required=True)
-    parser.add_argument("--images", type=int, default=40)
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--shape-rounds", type=int, default=3)
-    options = parser.parse_args()
-    logging.basicConfig(level=logging.INFO)
-    torch.set_num_threads(1)
+def with_notes(page: str, known: str) -> str:
+    """Return a page with what was written by hand on the one before."""
+    begin, end = NOTES
+    notes = known.partition(begin)[2].partition(end)[0]
+    return page.replace(begin + end, begin + notes + end)
+
+
+def report(options: argparse.Namespace) -> None:
+    """Measure, and print the page."""
     options.work_dir.mkdir(parents=True, exist_ok=True)
     bench = Bench(work_dir=options.work_dir, num_images=options.images, rounds=options.rounds)
     load = os.getloadavg()[0]
@@ -349,7 +354,7 @@ def main() -> None:
     encoded = read_images([bench.shard], sorted({asked.key for asked in bench.questions}))
     mean_jpeg = statistics.mean(len(content) for content in encoded.values())
     print(f"- the JPEG of a picture has {mean_jpeg:,.0f} bytes on average")
-    print("\n## What this means\n\n<!-- by hand: begin -->\n<!-- by hand: end -->")
+    print(f"\n## What this means\n\n{NOTES[0]}{NOTES[1]}")
     print("\n## Bytes and answers, measured on the yardstick")
     for setting in SETTINGS:
         answers_table(bench, setting)
@@ -362,6 +367,27 @@ def main() -> None:
     for shape in SHAPES:
         if shape.timed_tokens:
             first_token_of_shape(shape, options.shape_rounds)
+
+
+def main() -> None:
+    """Parse the options, and print the page or write it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work-dir", type=Path, required=True)
+    parser.add_argument("--images", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--shape-rounds", type=int, default=3)
+    parser.add_argument("--write-page", action="store_true", help="instead of printing it")
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO)
+    torch.set_num_threads(1)
+    if not options.write_page:
+        report(options)
+        return
+    page = io.StringIO()
+    with contextlib.redirect_stdout(page):
+        report(options)
+    known = PAGE.read_text() if PAGE.is_file() else ""
+    PAGE.write_text(with_notes(page.getvalue(), known))
 
 
 if __name__ == "__main__":
