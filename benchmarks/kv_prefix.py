@@ -327,7 +327,8 @@ Written by this command; by hand only what stands under *What this means*:
 
     python benchmarks/kv_prefix.py --work-dir DIR --write-page
 """
-SHAPE_NOTE = """Random weights, a vocabulary of 16 words, a question of 16; nothing is read from a disk.
+SHAPE_NOTE = """\
+Random weights, a vocabulary of 16 words, a question of 16; nothing is read from disk.
 """
 NOTES = ("<!-- by hand: begin -->\n", "<!-- by hand: end -->")
 
