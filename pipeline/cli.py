@@ -13,6 +13,8 @@ import typer
 import yaml
 
 from pipeline import calibration, carvers, codecs, encoders, plugin_table
+from pipeline.cache.artefact import artefact_rows, artefact_store, list_artefacts, read_artefact
+from pipeline.cache.commit import read_identity
 from pipeline.cache.garbage import find_garbage, remove
 from pipeline.cache.verify import THREADS, find_damage
 from pipeline.carved_cache import open_cache
@@ -29,12 +31,13 @@ from pipeline.command_line import (
 from pipeline.errors import ExitCode
 from pipeline.evaluation import choose_command, evaluate_command, show_command
 from pipeline.job import resolve_job
+from pipeline.kv_prefix_command import kv_prefix
 from pipeline.plan import Estimate, Plan, estimate, given_up, make_plan
 from pipeline.rejections import read_rejections
 from pipeline.run_command import run
 from pipeline.run_log import log_to_stderr
 from pipeline.status import read_status, status_lines
-from pipeline.storage import open_store
+from pipeline.storage import Store, open_store
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -163,10 +166,12 @@ def verify(
     damaged = 0
     with errors_as_lines():
         cache = open_cache(url)
-        for problem in find_damage(cache.reader, threads=threads):
-            damaged += 1
-            print(problem, file=sys.stderr)
-    print(f"{url}: {len(cache)} rows checked, {damaged} problems")
+        readers = [cache.reader, *(artefact_rows(s) for s, _ in _artefacts(cache.reader.store))]
+        for reader in readers:
+            for problem in find_damage(reader, threads=threads):
+                damaged += 1
+                print(problem, file=sys.stderr)
+    print(f"{url}: {sum(map(len, readers))} rows checked, {damaged} problems")
     raise typer.Exit(int(ExitCode.PARTIAL if damaged else ExitCode.OK))
 
 
@@ -181,16 +186,17 @@ def gc(
     """Delete what killed runs left in a cache: files that no commit and no snapshot names."""
     num_files = num_bytes = 0
     with errors_as_lines():
-        store = open_store(url)
-        for garbage in find_garbage(store, grace_s=grace_hours * 3600):
-            print(
-                f"{garbage.path}: {len(garbage.entries)} files, {garbage.size} bytes: "
-                f"{garbage.reason}"
-            )
-            if not dry_run:
-                remove(store, garbage)
-            num_files += len(garbage.entries)
-            num_bytes += garbage.size
+        found = [(open_store(url), read_identity), *_artefacts(open_store(url))]
+        for store, identify in found:
+            for garbage in find_garbage(store, grace_s=grace_hours * 3600, identify=identify):
+                print(
+                    f"{garbage.path}: {len(garbage.entries)} files, {garbage.size} bytes: "
+                    f"{garbage.reason}"
+                )
+                if not dry_run:
+                    remove(store, garbage)
+                num_files += len(garbage.entries)
+                num_bytes += garbage.size
     done = "would be deleted" if dry_run else "deleted"
     print(f"{url}: {num_files} files, {num_bytes / 1e6:.2f} MB {done}")
 
@@ -225,6 +231,12 @@ def evaluate_fidelity(
         task = resolve_evaluation(checked)
         summary = evaluate_on_ray(task, on_batch=evaluate_command.progress())
         evaluate_command.report(task, summary)
+
+
+def _artefacts(store: Store) -> Iterator[tuple[Store, Callable[[Store], object]]]:
+    """Yield the folders of a cache's artefacts, and what tells that they are."""
+    for kind, name in list_artefacts(store):
+        yield artefact_store(store, kind, name), functools.partial(read_artefact, kind=kind)
 
 
 def _print_rejections(url: str, key: str | None) -> None:
@@ -289,6 +301,7 @@ def _with_lines(command: Callable[..., None]) -> Callable[..., None]:
 app.command("evaluate")(_with_lines(evaluate_command.evaluate))
 app.command("choose")(_with_lines(choose_command.choose))
 app.command("show")(_with_lines(show_command.show))
+app.command("kv-prefix")(_with_lines(kv_prefix))
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ LAYERS = (
     {"carve_shard"},
     {"progress", "consumers", "evaluation", "plugin_table"},
     {"ray_runner"},
-    {"demo", "run_command"},
+    {"demo", "run_command", "kv_prefix_command"},
     {"cli"},
     {"__main__"},
 )

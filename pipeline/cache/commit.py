@@ -180,9 +180,9 @@ def check_identity(store: Store, identity: Mapping[str, Any]) -> Mapping[str, An
     """
     standing = read_identity(store)
     if standing["fingerprint"] != identity["fingerprint"]:
-        differences = "; ".join(_differences(standing["settings"], identity["settings"]))
+        found = "; ".join(differences(standing["settings"], identity["settings"]))
         raise ConfigError(
-            f"{store.url} holds a cache made with other settings ({differences}): choose another "
+            f"{store.url} holds a cache made with other settings ({found}): choose another "
             "output, or the settings of that cache"
         )
     return standing
@@ -238,10 +238,11 @@ class _Identity(BaseModel):
 _IDENTITY = TypeAdapter(_Identity)
 
 
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yield in words what differs between the settings of something and those that are wanted."""
     for key in sorted({*old, *new}):
         a, b = old.get(key), new.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
-            yield from _differences(a, b, f"{prefix}{key}.")
+            yield from differences(a, b, f"{prefix}{key}.")
         elif a != b:
             yield f"{prefix}{key}: {a!r} there, {b!r} here"

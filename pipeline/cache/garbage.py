@@ -7,7 +7,7 @@ attempt at work, and nothing in the store tells these apart but age.
 
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline.cache import layout
@@ -45,7 +45,13 @@ class Garbage:
         return max(time for time in times if time is not None)
 
 
-def find_garbage(store: Store, *, grace_s: float, now: float | None = None) -> Iterator[Garbage]:
+def find_garbage(
+    store: Store,
+    *,
+    grace_s: float,
+    now: float | None = None,
+    identify: Callable[[Store], object] = read_identity,
+) -> Iterator[Garbage]:
     """Yield what nothing names and nobody has written to for a while.
 
     Args:
@@ -53,13 +59,14 @@ def find_garbage(store: Store, *, grace_s: float, now: float | None = None) -> I
         grace_s: what has a file that is younger stays. It must exceed the time that a shard takes;
             0 is safe only while no run is at work.
         now: Unix time, in place of this machine's clock.
+        identify: raises CacheFormatError where the store is not what it is taken for.
 
     Raises:
         CacheFormatError: the store holds no cache, or a record that cannot be read; then nothing
             is said to be garbage.
         StorageError: the store does not say when a file was changed.
     """
-    read_identity(store)
+    identify(store)
     # In this order: what is committed or published meanwhile is then seen to be.
     entries = list(store.list(temporary=True))
     open_attempts = without_commit(store, group_attempts(entries), list_records(store))

@@ -20,6 +20,8 @@ COMMITS = "commits"
 SNAPSHOTS = "snapshots"
 RUNS = "runs"
 DATA = "data"
+ARTEFACTS = "artefacts"
+ARTEFACT_PATH = "artefact.json"
 INDEX_NAME = "index.parquet"
 
 METADATA_KEY = b"carvecache"
@@ -121,6 +123,11 @@ def part_schema(columns: Sequence[str], metadata: Mapping[str, Any]) -> pa.Schem
     """Return the schema of a part: the fixed columns, then the user's as nullable text."""
     user = [pa.field(name, pa.string()) for name in columns]
     return pa.schema([*FIXED_COLUMNS, *user], metadata={METADATA_KEY: dump_json(metadata)})
+
+
+def artefact_path(kind: str, name: str) -> str:
+    """Return the folder of an artefact, which is laid out as a cache is."""
+    return f"{ARTEFACTS}/{kind}/{name}"
 
 
 def attempt_path(shard_id: str, attempt: str) -> str:

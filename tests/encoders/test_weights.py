@@ -368,7 +368,8 @@ def test_a_tower_with_code_of_its_own_costs_little_more_than_itself_either(tmp_p
         "intermediate_size": 2048,
         "out_hidden_size": 1024,
     }
-    config["text_config"] |= {"hidden_size": 1024, "vocab_size": 300_000, "intermediate_size": 20_000}
+    language = {"hidden_size": 1024, "vocab_size": 300_000, "intermediate_size": 20_000}
+    config["text_config"] |= language
     (tmp_path / "giant" / "config.json").write_text(json.dumps(config))
     with torch.device("meta"):
         kind = transformers.Qwen2_5_VLConfig.from_dict(config)
