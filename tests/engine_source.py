@@ -10,7 +10,8 @@ import importlib.machinery
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -35,10 +36,17 @@ def unpacked(package: str, version: str) -> Path:
 
 
 class StandIn:
-    """Whatever an engine's file imports from files that are not run: inert, and never `None`."""
+    """Whatever an engine's file imports from files that are not run; remembers how it was made."""
 
-    def __new__(cls, *_: Any, **__: Any) -> Any:
-        return super().__new__(cls)
+    made_with: Mapping[str, Any]
+
+    def __new__(cls, *_: Any, **options: Any) -> Any:
+        self = super().__new__(cls)
+        self.made_with = options
+        return self
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
 
     def __init_subclass__(cls, **_: Any) -> None:
         super().__init_subclass__()
@@ -123,7 +131,11 @@ def running_source(
     before = set(sys.modules)
     sys.meta_path.insert(0, finder)
     try:
-        yield {name: importlib.import_module(name) for name in real}
+        with warnings.catch_warnings():
+            # Of the engine's files, about the versions installed here.
+            warnings.simplefilter("ignore")
+            modules = {name: importlib.import_module(name) for name in real}
+        yield modules
     finally:
         sys.meta_path.remove(finder)
         for name in [n for n in sys.modules if n not in before and is_within(n, packages)]:
