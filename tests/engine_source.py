@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
 
@@ -35,7 +35,16 @@ def unpacked(package: str, version: str) -> Path:
     return root
 
 
-class StandIn:
+class _StandInClass(type(Protocol)):  # type: ignore[misc]  # so that it mixes with protocols
+    """Lets constants be read off a stand-in of a class."""
+
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return StandIn()
+
+
+class StandIn(metaclass=_StandInClass):
     """Whatever an engine's file imports from files that are not run; remembers how it was made."""
 
     made_with: Mapping[str, Any]
@@ -45,8 +54,10 @@ class StandIn:
         self.made_with = options
         return self
 
-    def __init__(self, *_: Any, **__: Any) -> None:
-        pass
+    def __init__(self, *args: Any, **options: Any) -> None:
+        order = type(self).__mro__
+        if order[order.index(StandIn) + 1] is not object:  # stands before a real class
+            super().__init__(*args, **options)
 
     def __init_subclass__(cls, **_: Any) -> None:
         super().__init_subclass__()

@@ -3,6 +3,8 @@
 import base64
 import io
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -268,6 +270,32 @@ def test_buckets_hold_each_image_under_the_largest_count_it_can_give(tmp_path):
     assert [len(f) for f in multi_modal_data(LLAVA, read)["image"]] == [5, 5]
     # The most important ones: the ranks of these images run against the positions.
     assert torch.equal(read[0].features, images[3].features[2:])
+
+
+READ = """
+import sys
+from types import SimpleNamespace
+sys.modules.update(dict.fromkeys(["ray", "transformers", "webdataset"]))  # cannot be imported
+import pipeline
+from pipeline.consumers import sglang, vllm
+text = SimpleNamespace(hidden_size=64)
+config = SimpleNamespace(
+    model_type="qwen2_5_vl", get_text_config=lambda: text, image_token_id=5,
+    vision_config=SimpleNamespace(spatial_merge_size=2),
+)
+image = pipeline.open_cache(sys.argv[1])["some/key"]
+print(vllm.multi_modal_data(config, [image])["image"]["image_embeds"].shape[0])
+print(len(sglang.generate_inputs(config, [1, 5], [image])["input_ids"]))
+"""
+
+
+def test_an_engine_needs_neither_transformers_nor_ray_of_ours(tmp_path):
+    make_cache(str(tmp_path), [make_image("some/key")])
+
+    command = [sys.executable, "-c", READ, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert (done.stdout.split(), done.stderr) == (["24", "25"], "")
 
 
 def test_buckets_without_room_for_an_image_are_refused(tmp_path):
