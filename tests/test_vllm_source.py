@@ -194,9 +194,7 @@ class Engine:
         for _, batch in utils.group_and_batch_mm_items(images):
             model = _Model(self.model)
             inputs = self.model._parse_and_validate_image_input(model, **batch)
-            process = "_process_image_input"
-            if not hasattr(self.model, process):  # of the InternVL family
-                process = "_process_vision_input"
+            process = f"_process_{'vision' if self.kind.startswith('intern') else 'image'}_input"
             features = getattr(self.model, process)(model, inputs)
             shapes += [tuple(feature.shape) for feature in features]
         return shapes
