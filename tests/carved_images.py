@@ -11,6 +11,7 @@ from pipeline.cache.commit import claim_identity
 from pipeline.cache.writer import RowToWrite
 from pipeline.carved_cache import CachedImage, CarvedCache, open_cache
 from pipeline.storage import open_store
+from pipeline.types import TileLayout
 from tests.cache.rows import IDENTITY, SETTINGS, commit_rows
 
 CODEC = codecs.build("fp32")
@@ -23,6 +24,7 @@ def make_image(
     positions: Sequence[int] | None = None,
     width: int = 64,
     seed: int = 0,
+    tiles: TileLayout | None = None,
 ) -> CachedImage:
     """Return an image whose ranks run against its positions; all positions where none are given."""
     kept = (
@@ -37,6 +39,7 @@ def make_image(
         grid=grid,
         width=64,
         height=48,
+        tiles=tiles,
     )
 
 
@@ -64,5 +67,6 @@ def _row(image: CachedImage) -> RowToWrite:
         sizes=image.sizes[order].numpy(),
         grid=image.grid,
         image_size=(image.width, image.height),
+        tiles=image.tiles,
         columns={"txt": None},
     )

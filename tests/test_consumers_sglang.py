@@ -19,6 +19,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
 
 from pipeline.consumers.sglang import generate_inputs, mrope_positions
 from pipeline.errors import ConfigError
+from pipeline.types import TileLayout
 from tests.carved_images import make_image
 
 IMAGE = 5
@@ -179,6 +180,16 @@ def test_a_request_to_a_model_whose_images_stand_like_words(config, token):
     assert inputs["input_ids"] == [1, IMAGE, IMAGE, IMAGE, 2]
     assert set(item) == {"format", "precomputed_embeddings", "offsets", "hash"}
     assert item["offsets"] == [(1, 3)]
+
+
+def test_internvl_is_fed_the_thumbnail_last():
+    tiles = TileLayout(rows=1, columns=2, unpadded=(0, 2, 0, 4))
+    image = make_image("a", grid=(3, 2, 2), positions=[0, 3, 4, 10], tiles=tiles)
+
+    inputs = generate_inputs(INTERNVL, [1, IMAGE, 2], [image], image_token_id=IMAGE)
+
+    (item,) = inputs["image_data"]
+    assert torch.equal(item["precomputed_embeddings"], image.features[[2, 3, 0, 1]])
 
 
 def hash_of(*images):

@@ -5,6 +5,7 @@ import io
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -38,7 +39,7 @@ from pipeline.consumers.vllm import (
     multi_modal_data,
 )
 from pipeline.errors import ConfigError, KeyNotFoundError, NonFiniteError
-from pipeline.types import VisualTokens
+from pipeline.types import TileLayout, VisualTokens
 from tests.carved_images import make_cache, make_image
 
 TEXT = {"hidden_size": 64}
@@ -47,6 +48,7 @@ QWEN = Qwen2_5_VLConfig(text_config=TEXT)
 DEEPSTACK = Qwen3VLConfig(
     text_config=TEXT, vision_config={"deepstack_visual_indexes": [1, 3, 5], "out_hidden_size": 64}
 )
+TILES = TileLayout(rows=1, columns=2, unpadded=(0, 2, 0, 4))
 RECTANGLE = [7, 9, 10, 19, 21, 22]  # rows 1 and 3, columns 1, 3 and 4 of a 4 x 6 grid
 
 
@@ -56,12 +58,7 @@ def decoded(text: str) -> np.ndarray:
 
 @pytest.mark.parametrize(
     "config",
-    [
-        LLAVA,
-        LlavaNextConfig(text_config=LlamaConfig(**TEXT)),
-        LlavaOnevisionConfig(text_config={"model_type": "qwen2", **TEXT}),
-        InternVLConfig(text_config={"model_type": "qwen2", **TEXT}),
-    ],
+    [LLAVA, InternVLConfig(text_config={"model_type": "qwen2", **TEXT})],
     ids=lambda c: c.model_type,
 )
 def test_models_of_free_count_take_a_list_of_features(config):
@@ -93,6 +90,71 @@ def test_models_with_a_grid_take_the_features_in_one_and_a_grid_each(config):
     assert data["image_grid_thw"].dtype == torch.int64
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlavaNextConfig(text_config=LlamaConfig(**TEXT)),
+        LlavaOnevisionConfig(text_config={"model_type": "qwen2", **TEXT}),
+    ],
+    ids=lambda c: c.model_type,
+)
+def test_rows_of_a_tiled_image_are_fed_with_their_ends(config):
+    image = make_image("a", grid=(3, 2, 2), tiles=TILES)
+    row_end = torch.full((64,), 9.0)
+    stored = torch.cat([image.features, row_end[None]])
+    end = len(image.features)
+
+    (fed,) = multi_modal_data(config, [image], row_end=row_end)["image"]
+
+    # The thumbnail, then a canvas of two rows over both tiles.
+    order = [0, 1, 2, 3, 4, 5, 8, 9, end, 6, 7, 10, 11, end]
+    assert torch.equal(fed, stored[order])
+    part = image_part(config, image, dtype=torch.float32, row_end=row_end)
+    assert np.array_equal(decoded(part["image_embeds"]), fed.numpy())
+
+
+def test_a_dropped_row_has_no_end_and_padding_is_not_fed():
+    config = LlavaNextConfig(text_config=LlamaConfig(**TEXT))
+    row_end = torch.full((64,), 9.0)
+    padded = replace(TILES, unpadded=(0, 2, 0, 3))
+    image = make_image("a", grid=(3, 2, 2), positions=[1, 8, 9, 11], tiles=padded)
+
+    (fed,) = multi_modal_data(config, [image], row_end=row_end)["image"]
+
+    assert torch.equal(fed, torch.stack([*image.features[:2], row_end]))
+    unseen = make_image("a", grid=(3, 2, 2), positions=[9, 11], tiles=padded)
+    with pytest.raises(ValueError, match="image 0 kept only tokens that lie in its padding"):
+        multi_modal_data(config, [unseen], row_end=row_end)
+
+
+def test_the_end_of_a_row_is_asked_for_where_a_model_has_one():
+    config = LlavaNextConfig(text_config=LlamaConfig(**TEXT))
+    image = make_image("a", grid=(3, 2, 2), tiles=TILES)
+
+    with pytest.raises(ConfigError, match=r"ends each row .* and none is given; .*\(64,\)"):
+        multi_modal_data(config, [image])
+    with pytest.raises(ConfigError, match=r"one of the shape \(32,\) is given"):
+        multi_modal_data(config, [image], row_end=torch.zeros(32))
+
+
+def test_internvl_is_fed_the_thumbnail_last():
+    config = InternVLConfig(text_config={"model_type": "qwen2", **TEXT})
+    image = make_image("a", grid=(3, 2, 2), positions=[0, 3, 4, 10], tiles=TILES)
+
+    (fed,) = multi_modal_data(config, [image])["image"]
+
+    assert torch.equal(fed, image.features[[2, 3, 0, 1]])
+
+
+def test_an_image_carved_for_another_kind_of_model_is_refused():
+    tiled, whole = make_image("a", grid=(3, 2, 2), tiles=TILES), make_image("b")
+
+    with pytest.raises(ConfigError, match="'llava' see an image whole"):
+        multi_modal_data(LLAVA, [tiled])
+    with pytest.raises(ConfigError, match="'llava_next' see an image in tiles"):
+        multi_modal_data(LlavaNextConfig(text_config=LlamaConfig(**TEXT)), [whole])
+
+
 def test_deepstack_planes_lie_side_by_side():
     image = make_image("a", width=4 * 64)
 
@@ -106,7 +168,7 @@ def test_deepstack_planes_lie_side_by_side():
 def test_images_of_one_prompt_must_have_equal_counts_where_vllm_wants_that():
     images = [make_image("a", positions=[0, 5, 9]), make_image("b", positions=[1, 2])]
 
-    with pytest.raises(ValueError, match=r"have 2, 3 tokens.* keep_tokens=2, or see count_buckets"):
+    with pytest.raises(ValueError, match=r"take 2, 3 tokens.* see count_buckets"):
         multi_modal_data(LLAVA, images)
 
 

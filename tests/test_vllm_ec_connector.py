@@ -251,11 +251,9 @@ def test_settings_that_cannot_work_are_refused_at_start(module, url, options, co
         connect(module, options, **config)
 
 
-def test_a_model_that_takes_pixels_only_is_refused_at_start(module, url):
-    pixtral = LlavaConfig(vision_config={"model_type": "pixtral"})
-
-    with pytest.raises(ConfigError, match="tower of type 'pixtral'"):
-        connect(module, {"cache_url": url}, hf_config=pixtral)
+def test_a_model_that_wants_features_in_the_request_is_refused_at_start(module, url):
+    with pytest.raises(ConfigError, match="cannot size the prompt of a llava without its features"):
+        connect(module, {"cache_url": url}, hf_config=LlavaConfig())
 
 
 def test_the_stand_in_asks_for_what_vllm_asks_for(source):

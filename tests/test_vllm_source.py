@@ -25,6 +25,7 @@ from transformers import (
 
 from pipeline.consumers import vllm
 from pipeline.consumers.vllm import grid_only_data, grid_only_part, image_part, multi_modal_data
+from pipeline.types import TileLayout
 from tests.carved_images import make_image
 from tests.engine_source import StandIn, running_source, unpacked
 
@@ -102,6 +103,8 @@ ABSENT = (
 WIDTH = 64
 IMAGE = 5
 TEXT = {"hidden_size": WIDTH}
+END_OF_ROW = torch.full((WIDTH,), 9.0)
+TILES = TileLayout(rows=1, columns=2, unpadded=(0, 4, 0, 8))
 RECTANGLE = [7, 9, 10, 19, 21, 22]
 CONFIGS = {
     "llava": LlavaConfig(text_config=LlamaConfig(**TEXT), vision_config=CLIPVisionConfig()),
@@ -232,18 +235,26 @@ def width_of(kind: str) -> int:
 
 
 def images_of(kind: str, counts: Sequence[Sequence[int] | None]) -> list[Any]:
+    tiles = TILES if kind in ("llava_next", "llava_onevision") else None
+    grid = (1, 4, 6) if tiles is None else (3, 4, 4)
     return [
-        make_image(f"k{n}", positions=positions, width=width_of(kind), seed=n)
+        make_image(
+            f"k{n}", positions=positions, width=width_of(kind), seed=n, grid=grid, tiles=tiles
+        )
         for n, positions in enumerate(counts)
     ]
+
+
+def data_of(kind: str, images: Sequence[Any]) -> dict[str, Any]:
+    return multi_modal_data(CONFIGS[kind], images, row_end=END_OF_ROW)
 
 
 @pytest.mark.parametrize("kind", FREE)
 def test_a_prompt_of_a_model_of_free_count_has_room_for_the_kept_tokens(source, kind):
     engine = Engine(source, kind)
-    images = images_of(kind, [[1, 2, 3], [0, 9, 20]])
+    images = images_of(kind, [[1, 2, 3], [0, 9, 15]])
 
-    items, kept = engine.parse(multi_modal_data(CONFIGS[kind], images))
+    items, kept = engine.parse(data_of(kind, images))
 
     assert [items["image"].get_feature_size(n) for n in range(2)] == [3, 3]
     if kind.startswith("llava"):
@@ -255,7 +266,7 @@ def test_a_prompt_of_a_model_of_free_count_has_room_for_the_kept_tokens(source, 
 def test_images_of_unequal_count_in_one_step_break_a_model_of_free_count(source, kind):
     engine = Engine(source, kind)
     one, other = (
-        engine.parse(multi_modal_data(CONFIGS[kind], images_of(kind, [positions])))[1]
+        engine.parse(data_of(kind, images_of(kind, [positions])))[1]
         for positions in ([1, 2, 3], [0, 9])
     )
 
@@ -268,7 +279,7 @@ def test_a_declared_grid_has_room_for_the_kept_tokens(source, kind):
     engine = Engine(source, kind)
     images = images_of(kind, [None, RECTANGLE])
 
-    items, kept = engine.parse(multi_modal_data(CONFIGS[kind], images))
+    items, kept = engine.parse(data_of(kind, images))
 
     assert engine.num_placeholders(items, kept) == [24, 6]
     shapes = [(24, width_of(kind)), (6, width_of(kind))]
@@ -281,7 +292,7 @@ def test_the_model_sees_the_features_themselves(source, kind):
     engine = Engine(source, kind)
     (image,) = images_of(kind, [RECTANGLE])
 
-    _, kept = engine.parse(multi_modal_data(CONFIGS[kind], [image]))
+    _, kept = engine.parse(data_of(kind, [image]))
 
     assert torch.equal(kept["image"][0]["image_embeds"].data, image.features)
 
@@ -292,7 +303,10 @@ def test_content_parts_of_a_chat_arrive_as_the_same_features(source, kind, dtype
     engine = Engine(source, kind)
     images = images_of(kind, [RECTANGLE, RECTANGLE])
     decoder = source["vllm.multimodal.media.image"].ImageEmbeddingMediaIO()
-    parts = [image_part(CONFIGS[kind], image, dtype=dtype)["image_embeds"] for image in images]
+    parts = [
+        image_part(CONFIGS[kind], image, dtype=dtype, row_end=END_OF_ROW)["image_embeds"]
+        for image in images
+    ]
 
     received = [
         decoder.load_base64("", part)
@@ -304,10 +318,11 @@ def test_content_parts_of_a_chat_arrive_as_the_same_features(source, kind, dtype
     data = {"image": tracker._get_embeds_data("image", received, engine.processor)}
     _, kept = engine.parse(data)
 
-    shape = (6, width_of(kind))
-    assert engine.encode([kept]) == [shape, shape]
-    for item, image in zip(kept["image"], images, strict=True):
-        assert torch.equal(item["image_embeds"].data, image.features.to(dtype))
+    given = data_of(kind, images)["image"]
+    fed = given["image_embeds"].split(6) if isinstance(given, dict) else given
+    assert engine.encode([kept]) == [tuple(rows.shape) for rows in fed]
+    for item, rows in zip(kept["image"], fed, strict=True):
+        assert torch.equal(item["image_embeds"].data, rows.to(dtype))
 
 
 @pytest.mark.parametrize("kind", GRIDDED)
@@ -333,7 +348,7 @@ def test_a_consumer_with_a_connector_takes_the_grid_alone(source, kind):
 def test_positions_of_a_declared_grid_are_those_of_a_smaller_image(source, kind):
     engine = Engine(source, kind)
     (image,) = images_of(kind, [RECTANGLE])
-    _, kept = engine.parse(multi_modal_data(CONFIGS[kind], [image]))
+    _, kept = engine.parse(data_of(kind, [image]))
     inputs = source["vllm.multimodal.inputs"]
     feature = inputs.MultiModalFeatureSpec(
         data=kept["image"][0],

@@ -1,16 +1,21 @@
 """What a serving engine's model takes in place of pixels, read from its transformers config.
 
-Shape letters: K tokens of an image, D width of the features.
+Shape letters: K kept tokens of an image, T of what stands for it in a prompt, D width.
 """
 
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from pipeline.consumers.placement import HasFeatures
+from pipeline.consumers.arrangement import ROW_END, arrange, kept_slots
+from pipeline.consumers.placement import HasFeatures, HasPlaces, check_places
 from pipeline.errors import ConfigError
+
+_ARRANGED_AS = {"internvl_chat": "internvl"}
+"""Models under another name than that of transformers' own class."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,19 +66,35 @@ def check_served(model: ServedModel, served: Set[str], refused: Mapping[str, str
         )
 
 
-def served_rows(model: ServedModel, images: Sequence[HasFeatures]) -> list[Tensor]:
-    """Return each image's (K, D) features, on the CPU and contiguous.
+def served_rows(
+    model: ServedModel, images: Sequence[HasFeatures], row_end: Tensor | None = None
+) -> list[Tensor]:
+    """Return the features of each image in the order that the model is fed them.
+
+    Args:
+        model: to be served.
+        images: rows of a cache, or features that are in that order already.
+        row_end: (D,) what the model puts at the end of a row of the image, its `image_newline`.
+
+    Returns:
+        (T, D) of each, on the CPU and contiguous. T is K, unless the model ends rows or drops
+        padding (LLaVA-NeXT, OneVision).
 
     Raises:
-        ConfigError: the features are of another width than the model's.
+        ConfigError: the features are of another width than the model's, the image was carved for
+            another model, or the end of a row is needed.
         ValueError: no image, one without tokens, or with codes that were not unpacked.
     """
     if not images:
         raise ValueError("no images: give at least one")
-    return [_served_row(model, image.features, index) for index, image in enumerate(images)]
+    return [
+        _arranged(model, image, index, row_end).detach().cpu().contiguous()
+        for index, image in enumerate(images)
+    ]
 
 
-def _served_row(model: ServedModel, rows_KD: Tensor, index: int) -> Tensor:
+def _arranged(model: ServedModel, image: HasFeatures, index: int, row_end: Tensor | None) -> Tensor:
+    rows_KD = image.features
     if rows_KD.ndim != 2 or len(rows_KD) == 0 or not rows_KD.is_floating_point():
         raise ValueError(
             f"features of image {index} are {rows_KD.dtype} of the shape {tuple(rows_KD.shape)}, "
@@ -85,4 +106,24 @@ def _served_row(model: ServedModel, rows_KD: Tensor, index: int) -> Tensor:
             f"this config takes {model.width}; engines take them as the language model does: "
             "carve with stage 'projected'"
         )
-    return rows_KD.detach().cpu().contiguous()
+    if not isinstance(image, HasPlaces):
+        return rows_KD
+    check_places(image, index)
+    # Tokens of tiles are stored in another order than they are fed, and without ends of rows.
+    kind = _ARRANGED_AS.get(model.model_type, model.model_type)
+    arrangement = arrange(kind, image.grid, getattr(image, "tiles", None))
+    _, rows_T = kept_slots(arrangement, image.positions.cpu())
+    if not len(rows_T):
+        raise ValueError(f"image {index} kept only tokens that lie in its padding")
+    ordered_TD = rows_KD[rows_T.clamp_min(0).to(rows_KD.device)]
+    is_end_T = rows_T == ROW_END
+    if not is_end_T.any():
+        return ordered_TD
+    if row_end is None or tuple(row_end.shape) != (model.width,):
+        given = "none" if row_end is None else f"one of the shape {tuple(row_end.shape)}"
+        raise ConfigError(
+            f"a {model.model_type} ends each row of an image with its image_newline, and {given} "
+            f"is given; give that of its weights, ({model.width},), as row_end"
+        )
+    end_D = row_end.to(ordered_TD)
+    return torch.where(is_end_T.to(end_D.device)[:, None], end_D, ordered_TD)

@@ -61,8 +61,8 @@ def generate_inputs(
         (3, T) int64 and `mrope_position_delta` (1, 1) int64.
 
     Raises:
-        ConfigError: the model cannot be served, the features are of another width than its, or
-            the image token is not known.
+        ConfigError: the model cannot be served, the features are of another width than its, the
+            images were carved for another model, or the image token is not known.
         ValueError: no images, not as many as image tokens, a token outside its grid, a clip.
         TypeError: an image without places.
     """

@@ -7,7 +7,7 @@ Two kinds of models. Those of `FREE` take any number of tokens, but the same num
 that are encoded in one step, also of other requests: `count_buckets`. Those of `GRIDDED` take as
 many as a declared grid says: the kept tokens must form rows and columns of it (`declared_grid`).
 
-Shape letters: K tokens of an image, D width of the features.
+Shape letters: K kept tokens of an image, T of what stands for it in a prompt, D width.
 """
 
 import base64
@@ -47,35 +47,41 @@ RECTANGULAR = ("identity", "average_pool")
 _NPY_DTYPES = (torch.float16, torch.float32)
 
 
-def multi_modal_data(config: Any, images: Sequence[HasFeatures]) -> dict[str, Any]:  # noqa: ANN401
+def multi_modal_data(
+    config: Any,  # noqa: ANN401
+    images: Sequence[HasFeatures],
+    *,
+    row_end: Tensor | None = None,
+) -> dict[str, Any]:
     """Return the `multi_modal_data` of one prompt for `LLM.generate`.
 
     Args:
         config: of the model, from transformers.
         images: of the prompt in order of appearance; those of a model of `GRIDDED` must say where
             their tokens come from, as rows of a cache do.
+        row_end: (D,) `image_newline` of the weights of a LLaVA-NeXT or OneVision.
 
     Returns:
-        `{"image": [(K, D), ...]}`, or for `GRIDDED` `{"image": {"image_embeds": (sum of K, D),
+        `{"image": [(T, D), ...]}`, or for `GRIDDED` `{"image": {"image_embeds": (sum of K, D),
         "image_grid_thw": (images, 3) int64}}`; on the CPU, in the dtype of the images.
 
     Raises:
-        ConfigError: the model cannot be served, or the features are of another width than its.
-        ValueError: no image, one without tokens, or: for `FREE`, images of different K; for
+        ConfigError: the model cannot be served, the features are of another width than its, the
+            images were carved for another model, or `row_end` is needed.
+        ValueError: no image, one without tokens, or: for `FREE`, images of different T; for
             `GRIDDED`, tokens that do not form rows and columns of their grid.
         TypeError: an image of a model of `GRIDDED` has no places.
     """
     model = vllm_model(config)
-    rows = served_rows(model, images)
+    rows = served_rows(model, images, row_end)
     if model.model_type in GRIDDED:
         grids = grid_only_data(config, images)["image"]
         return {"image": {"image_embeds": torch.cat(rows), **grids}}
     counts = sorted({len(row) for row in rows})
     if len(counts) > 1:
         raise ValueError(
-            f"the images of the prompt have {', '.join(map(str, counts))} tokens, and vLLM 0.33 "
-            f"takes a {model.model_type} only with equal counts; read them with keep_tokens="
-            f"{counts[0]}, or see count_buckets"
+            f"the images of the prompt take {', '.join(map(str, counts))} tokens, and vLLM 0.33 "
+            f"takes a {model.model_type} only with equal counts; see count_buckets"
         )
     return {"image": rows}
 
@@ -97,7 +103,7 @@ def grid_only_data(config: Any, images: Sequence[HasFeatures]) -> dict[str, Any]
         ValueError: no image, or tokens that do not form rows and columns of their grid.
         TypeError: an image has no places.
     """
-    model = _gridded(config)
+    model = gridded_model(config)
     grids = [declared_grid(image, model.merge_size) for image in with_places(images)]
     if not grids:
         raise ValueError("no images: give at least one")
@@ -110,6 +116,7 @@ def image_part(
     *,
     uuid: str | None = None,
     dtype: torch.dtype = torch.float16,
+    row_end: Tensor | None = None,
 ) -> dict[str, Any]:
     """Return the content part of a chat message that stands for one image, ready for JSON.
 
@@ -119,17 +126,17 @@ def image_part(
         uuid: what vLLM shall take the image for, in place of a hash of its numbers: two images,
             or two budgets of one image, must never share it. None to let vLLM hash.
         dtype: of the numbers sent, float16 or float32: `.npy` has no bfloat16.
+        row_end: as in `multi_modal_data`.
 
     Raises:
-        ConfigError: the model cannot be served, the features are of another width than its, or
-            the dtype cannot be sent.
+        ConfigError: as in `multi_modal_data`, or the dtype cannot be sent.
         NonFiniteError: a value does not fit into the dtype.
         ValueError: no tokens, or for `GRIDDED` not in rows and columns of the grid.
         TypeError: an image of a model of `GRIDDED` has no places.
     """
     model = vllm_model(config)
-    (rows_KD,) = served_rows(model, [image])
-    payload: str | dict[str, Any] = _npy_base64(rows_KD, dtype)
+    (rows_TD,) = served_rows(model, [image], row_end)
+    payload: str | dict[str, Any] = _npy_base64(rows_TD, dtype)
     if model.model_type in GRIDDED:
         payload = {"image_embeds": payload, "image_grid_thw": _grid(model, image)}
     return _part(payload, uuid)
@@ -148,7 +155,7 @@ def grid_only_part(config: Any, image: HasFeatures, *, uuid: str) -> dict[str, A
         ValueError: tokens that do not form rows and columns of the grid.
         TypeError: the image has no places.
     """
-    return _part({"image_grid_thw": _grid(_gridded(config), image)}, uuid)
+    return _part({"image_grid_thw": _grid(gridded_model(config), image)}, uuid)
 
 
 def declared_grid(image: HasPlaces, merge_size: int) -> tuple[int, int, int]:
@@ -188,7 +195,9 @@ def count_buckets(
 
     Reads the index only. The images of a bucket are
     `cache.keeping(count).get_many(buckets[count])`; bucket after bucket, every batch has equal
-    counts. A server that many clients share needs one count for all of them.
+    counts. A server that many clients share needs one count for all of them. For LLaVA-NeXT and
+    OneVision these are counts before ends of rows are put in and padding is dropped: there only
+    `len` of the features in `multi_modal_data` tells which images go together.
 
     Args:
         cache: to read from.
@@ -230,7 +239,8 @@ def vllm_model(config: Any) -> ServedModel:  # noqa: ANN401
     return model
 
 
-def _gridded(config: Any) -> ServedModel:  # noqa: ANN401
+def gridded_model(config: Any) -> ServedModel:  # noqa: ANN401
+    """Read a model's config, and raise ConfigError where vLLM wants features in the request."""
     model = vllm_model(config)
     if model.model_type not in GRIDDED:
         raise ConfigError(
@@ -250,13 +260,13 @@ def _part(payload: str | dict[str, Any], uuid: str | None) -> dict[str, Any]:
     return part if uuid is None else {**part, "uuid": uuid}
 
 
-def _npy_base64(rows_KD: Tensor, dtype: torch.dtype) -> str:
+def _npy_base64(rows_TD: Tensor, dtype: torch.dtype) -> str:
     if dtype not in _NPY_DTYPES:
         raise ConfigError(f"dtype={dtype}: .npy can carry torch.float16 or torch.float32")
-    sent = rows_KD.to(dtype)
+    sent = rows_TD.to(dtype)
     if not sent.isfinite().all():
         raise NonFiniteError(
-            f"features up to {rows_KD.abs().max():g} do not fit into {dtype}; send torch.float32"
+            f"features up to {rows_TD.abs().max():g} do not fit into {dtype}; send torch.float32"
         )
     buffer = io.BytesIO()
     np.save(buffer, sent.numpy(), allow_pickle=False)

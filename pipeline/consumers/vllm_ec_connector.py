@@ -1,6 +1,6 @@
 """An encoder-cache connector that lets vLLM load an image's tokens from a cache by its key.
 
-Requests then carry the key as the image's uuid and, for Qwen models, the grid alone
+For Qwen models. Requests then carry the key as the image's uuid and the grid alone
 (`consumers.vllm.grid_only_data`); pixels and features stay where they are. Start vLLM with
 
     --ec-transfer-config '{"ec_connector": "CarvedCacheConnector",
@@ -29,7 +29,7 @@ from vllm.distributed.ec_transfer.ec_connector.base import (
 )
 
 from pipeline.carved_cache import CarvedCache, open_cache
-from pipeline.consumers.vllm import vllm_model
+from pipeline.consumers.vllm import gridded_model
 from pipeline.errors import ConfigError, KeyNotFoundError
 
 logger = logging.getLogger(__name__)
@@ -172,7 +172,7 @@ def _open(options: Mapping[str, Any]) -> CarvedCache:
 
 
 def _check_fit(cache: CarvedCache, hf_config: Any) -> None:  # noqa: ANN401
-    model, url = vllm_model(hf_config), cache.reader.store.url
+    model, url = gridded_model(hf_config), cache.reader.store.url
     if cache.width != model.width:
         raise ConfigError(
             f"{url} holds tokens {cache.width} wide and the {model.model_type} takes "
