@@ -45,6 +45,7 @@ ONLY_IN = {
         "pipeline/demo/",
     ),
     "matplotlib": ("pipeline/evaluation/plots.py",),
+    "vllm": ("pipeline/consumers/vllm_ec_connector.py",),
     "webdataset": ("pipeline/source",),
 }
 
