@@ -1,0 +1,145 @@
+"""Load of a model what cached tokens need, and nothing of its vision tower.
+
+A cache has what the tower would compute, so a process that trains or answers from one needs the
+projector and the language model only. The tower is never built with memory for its weights, and
+of the checkpoint only the bytes of the other tensors are read; of a hub repository only the files
+that hold them are fetched.
+"""
+
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from pipeline.consumers.hf import MODEL_TYPES
+from pipeline.encoders._weights import Checkpoint, Source, fill, locate
+from pipeline.errors import ConfigError
+
+# How the checkpoints on the hub spell what transformers 5 calls by the names before the colon.
+_OLDER = {
+    "model.language_model.": "language_model.model.",
+    "model.multi_modal_projector.": "multi_modal_projector.",
+    "lm_head.": "language_model.lm_head.",
+}
+_PARTS = ("model.language_model", "model.multi_modal_projector", "lm_head")
+
+
+class AbsentTower(nn.Module):
+    """Stands where the tower was; has no weights, and says so when it is asked to encode."""
+
+    def forward(self, *_: object, **__: object) -> None:
+        """Raise ConfigError: there is nothing to encode pixels with."""
+        raise ConfigError(
+            "the model was loaded without its vision tower and cannot take pixel_values; give it "
+            "cached tokens (consumers.hf.prepare), or load it with from_pretrained"
+        )
+
+
+def load_without_tower(
+    model: str,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> tuple[Any, Any]:
+    """Load a model's projector and language model, and its processor.
+
+    The weights are frozen and the model is in evaluation mode. The peak of memory is these weights
+    plus their largest tensor.
+
+    Args:
+        model: local directory of a checkpoint, or id of a hub repository; of `hf.MODEL_TYPES`.
+        revision: branch, tag or commit of a hub repository; None is its default branch.
+        dtype: of the weights.
+        device: where they go.
+
+    Returns:
+        The `...ForConditionalGeneration`, which takes what `hf.prepare` gives, and the processor.
+
+    Raises:
+        ConfigError: the model cannot be found, is of another family, or lacks a tensor.
+    """
+    checkpoint = Checkpoint(model, revision)
+    place = checkpoint.place if checkpoint.is_local else model
+    try:
+        config = transformers.AutoConfig.from_pretrained(place, revision=checkpoint.revision)
+        processor = transformers.AutoProcessor.from_pretrained(place, revision=checkpoint.revision)
+    except (OSError, ValueError) as err:
+        reason = " ".join(str(err).split())
+        raise ConfigError(f"model {model!r} cannot be loaded: {reason}") from err
+    if config.model_type not in MODEL_TYPES:
+        known = ", ".join(sorted(MODEL_TYPES))
+        raise ConfigError(
+            f"model {model!r} is a {config.model_type!r}, which cannot be given visual tokens yet; "
+            f"known: {known}"
+        )
+    loaded = _skeleton(config, dtype)
+    _fill(loaded, checkpoint, device=device, dtype=dtype)
+    if checkpoint.find("generation_config.json") is not None:
+        loaded.generation_config = transformers.GenerationConfig.from_pretrained(
+            place, revision=checkpoint.revision
+        )
+    loaded.name_or_path = place  # what an adapter says that it belongs to
+    return loaded, processor
+
+
+def _skeleton(config: Any, dtype: torch.dtype) -> Any:  # noqa: ANN401
+    """Build the model without memory for its weights, and without a tower."""
+    with torch.device("meta"):
+        model = transformers.AutoModelForImageTextToText.from_config(
+            config,
+            dtype=dtype,
+            attn_implementation="sdpa",  # takes a mask of any shape
+        )
+    model.model.vision_tower = AbsentTower()
+    if hasattr(model.model, "image_newline"):
+        model.model.image_newline = None  # put between tokens while images are encoded
+    return model
+
+
+def _fill(
+    model: Any,  # noqa: ANN401
+    checkpoint: Checkpoint,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+) -> None:
+    is_tied = model.lm_head.weight is model.get_input_embeddings().weight
+    parts = [part for part in _PARTS if not (is_tied and part == "lm_head")]
+    names = [
+        f"{part}.{name}"
+        for part in parts
+        for name, _ in model.get_submodule(part).named_parameters()
+    ]
+    sources = locate(checkpoint, names, prefixes=("",), layouts=(Source, _older))
+    for part in parts:
+        of_part = {
+            name.removeprefix(f"{part}."): source
+            for name, source in sources.items()
+            if name.startswith(f"{part}.")
+        }
+        fill(model.get_submodule(part), checkpoint, of_part, device=device, dtype=dtype)
+    if is_tied:
+        model.lm_head.weight = model.get_input_embeddings().weight
+    language = model.model.language_model
+    # Its frequencies are computed, not stored; on the meta device they have no values.
+    language.rotary_emb = type(language.rotary_emb)(config=language.config).to(device)
+    model.eval()
+    empty = [name for name, tensor in _tensors(model) if tensor.is_meta]
+    if empty:
+        raise ConfigError(
+            f"model {checkpoint.model!r} has {empty[0]!r}, which is not stored in its checkpoint "
+            "and cannot be computed here; load it with from_pretrained"
+        )
+
+
+def _tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [*model.named_parameters(), *model.named_buffers()]
+
+
+def _older(name: str) -> Source:
+    for new, old in _OLDER.items():
+        if name.startswith(new):
+            return Source(old + name.removeprefix(new))
+    return Source(name)
