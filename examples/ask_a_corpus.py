@@ -175,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     claim(parts.store, options)
     answered = parts.read_keys()
     todo = [key for key in cache if key not in answered]
-    console = Console(stderr=True)
+    console = Console(stderr=True, soft_wrap=True)
     if not todo:
         console.print(f"nothing to do: all {len(cache):,} images have answers in {options.output}")
         return

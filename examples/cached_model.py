@@ -38,18 +38,13 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True)
 class CachedModel:
-    """A model with its processor, for the images of one cache. Made by `load_cached_model`."""
+    """A model with its tokenizer, for the images of one cache. Made by `load_cached_model`."""
 
     model: Any
-    processor: Any
+    tokenizer: Any
     stage: str  # of the cache's features
     template: str  # of a prompt; holds the image token and `{prompt}`
     placement: Placement
-
-    @property
-    def tokenizer(self) -> Any:  # noqa: ANN401
-        """The processor's, or the processor itself where it is one."""
-        return _tokenizer(self.processor)
 
     def texts(self, prompts: Sequence[str]) -> list[str]:
         """Return what the model is given for each prompt on one image."""
@@ -58,7 +53,7 @@ class CachedModel:
     def inputs(self, images: Sequence[CachedImage], texts: Sequence[str]) -> dict[str, Any]:
         """Return the inputs of `forward` and `generate` for texts with one image each."""
         return prepare(
-            self.model, self.processor, texts, images, stage=self.stage, placement=self.placement
+            self.model, self.tokenizer, texts, images, stage=self.stage, placement=self.placement
         )
 
     @torch.inference_mode()
@@ -134,7 +129,7 @@ def load_cached_model(
             f"the cache was made by encoder {encoder['name']!r} with stage {stage!r}, which no "
             f"language model can be given; carve it with stage {' or '.join(STAGES)}"
         )
-    model, processor = load_without_tower(
+    model, tokenizer = load_without_tower(
         options.model,
         revision=options.revision,
         dtype=getattr(torch, options.dtype),
@@ -142,19 +137,16 @@ def load_cached_model(
     )
     if trained is not None:
         model = _with_trained(model, trained)
-    tokenizer = _tokenizer(processor)
-    own = own_template(processor, tokenizer, _image_token(model, tokenizer))
+    template = options.template
+    if not template:
+        template = own_template(tokenizer, tokenizer, _image_token(model, tokenizer))
     return CachedModel(
         model=model,
-        processor=processor,
+        tokenizer=tokenizer,
         stage=stage,
-        template=options.template or own,
+        template=template,
         placement=options.placement,
     )
-
-
-def _tokenizer(processor: Any) -> Any:  # noqa: ANN401
-    return getattr(processor, "tokenizer", processor)
 
 
 def _image_token(model: Any, tokenizer: Any) -> str:  # noqa: ANN401

@@ -6,6 +6,7 @@ of the checkpoint only the bytes of the other tensors are read; of a hub reposit
 that hold them are fetched.
 """
 
+import json
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ def load_without_tower(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> tuple[Any, Any]:
-    """Load a model's projector and language model, and its processor.
+    """Load a model's projector and language model, and its tokenizer.
 
     The weights are frozen and the model is in evaluation mode. The peak of memory is these weights
     plus their largest tensor.
@@ -55,25 +56,24 @@ def load_without_tower(
         device: where they go.
 
     Returns:
-        The `...ForConditionalGeneration`, which takes what `hf.prepare` gives, and the processor.
+        The `...ForConditionalGeneration`, which takes what `hf.prepare` gives, and the tokenizer,
+        with the processor's chat template: nothing here has pixels to process.
 
     Raises:
         ConfigError: the model cannot be found, is of another family, or lacks a tensor.
     """
     checkpoint = Checkpoint(model, revision)
     place = checkpoint.place if checkpoint.is_local else model
-    try:
-        config = transformers.AutoConfig.from_pretrained(place, revision=checkpoint.revision)
-        processor = transformers.AutoProcessor.from_pretrained(place, revision=checkpoint.revision)
-    except (OSError, ValueError) as err:
-        reason = " ".join(str(err).split())
-        raise ConfigError(f"model {model!r} cannot be loaded: {reason}") from err
+    config = _read(transformers.AutoConfig, place, checkpoint)
     if config.model_type not in MODEL_TYPES:
         known = ", ".join(sorted(MODEL_TYPES))
         raise ConfigError(
             f"model {model!r} is a {config.model_type!r}, which cannot be given visual tokens yet; "
             f"known: {known}"
         )
+    tokenizer = _read(transformers.AutoTokenizer, place, checkpoint)
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = _processor_template(checkpoint)
     loaded = _skeleton(config, dtype)
     _fill(loaded, checkpoint, device=device, dtype=dtype)
     if checkpoint.find("generation_config.json") is not None:
@@ -81,7 +81,26 @@ def load_without_tower(
             place, revision=checkpoint.revision
         )
     loaded.name_or_path = place  # what an adapter says that it belongs to
-    return loaded, processor
+    return loaded, tokenizer
+
+
+def _read(kind: Any, place: str, checkpoint: Checkpoint) -> Any:  # noqa: ANN401
+    try:
+        return kind.from_pretrained(place, revision=checkpoint.revision)
+    except (OSError, ValueError) as err:
+        reason = " ".join(str(err).split())
+        raise ConfigError(f"model {checkpoint.model!r} cannot be loaded: {reason}") from err
+
+
+def _processor_template(checkpoint: Checkpoint) -> str | None:
+    """Return the chat template where older processors keep it, which no tokenizer reads."""
+    path = checkpoint.find("chat_template.json")
+    if path is None:
+        return None
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["chat_template"])
+    except (OSError, ValueError, TypeError, KeyError) as err:
+        raise ConfigError(f"{path} holds no chat_template: {err!r}; download it again") from err
 
 
 def _skeleton(config: Any, dtype: torch.dtype) -> Any:  # noqa: ANN401
