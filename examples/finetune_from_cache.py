@@ -76,7 +76,9 @@ class Sequences(NamedTuple):
     labels: Tensor  # (P, T) int64; IGNORED everywhere but in the answers
 
 
-def read_lessons(cache: CarvedCache, questions: Questions, options: argparse.Namespace) -> Iterator:
+def read_lessons(
+    cache: CarvedCache, questions: Questions, options: argparse.Namespace
+) -> Iterator[Lesson]:
     """Yield lessons without end, epoch after epoch, each in an order of its own.
 
     Every image that has answered questions comes once an epoch, with one of them. Order and
