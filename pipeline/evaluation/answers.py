@@ -81,7 +81,7 @@ class LanguageModel:
         # By pieces and not by name: a tokenizer of any make knows its own image token.
         self._image_token = str(self._tokenizer.convert_ids_to_tokens(self._image_id))
         if not self.template:
-            self.template = _own_template(self.processor, self._tokenizer, self._image_token)
+            self.template = own_template(self.processor, self._tokenizer, self._image_token)
         fill_template(self.template, [""], self._image_token)
         said = self.model.generation_config
         ends = said.eos_token_id
@@ -308,16 +308,13 @@ def load_model(
     return model.to(device).eval(), processor
 
 
-def _shared_length(ids: Sequence[Sequence[int]]) -> int:
-    """Return how many first tokens all prompts share, leaving each at least one of its own."""
-    longest = min(len(prompt) for prompt in ids) - 1
-    return next(
-        (place for place in range(longest) if len({prompt[place] for prompt in ids}) > 1), longest
-    )
+def own_template(processor: Any, tokenizer: Any, image_token: str) -> str:  # noqa: ANN401
+    """Return what the checkpoint's chat template makes of a question on one image.
 
-
-def _own_template(processor: Any, tokenizer: Any, image_token: str) -> str:  # noqa: ANN401
-    """Return what the checkpoint's chat template makes of a question on one image."""
+    Returns:
+        The text, with `{prompt}` where the question goes; `PLAIN_TEMPLATE` where the processor has
+        no chat template.
+    """
     if not getattr(processor, "chat_template", None):
         return PLAIN_TEMPLATE
     content = [{"type": "image"}, {"type": "text", "text": "{prompt}"}]
@@ -328,3 +325,11 @@ def _own_template(processor: Any, tokenizer: Any, image_token: str) -> str:  # n
         text = text.removeprefix(tokenizer.bos_token)
     fill_template(text, [""], image_token)
     return text
+
+
+def _shared_length(ids: Sequence[Sequence[int]]) -> int:
+    """Return how many first tokens all prompts share, leaving each at least one of its own."""
+    longest = min(len(prompt) for prompt in ids) - 1
+    return next(
+        (place for place in range(longest) if len({prompt[place] for prompt in ids}) > 1), longest
+    )
