@@ -84,19 +84,42 @@ def test_ragged_prefixes_answer_as_the_tokens_do(llava, tokenizer, placement) ->
     assert said(llava, from_prefixes) == said(llava, from_tokens)
 
 
-@pytest.mark.parametrize("kind", ["llava_next", "llava_onevision"])
-def test_other_families_answer_as_from_tokens(kind: str, tokenizer) -> None:
-    model, tiles = build_model(kind), TileLayout(rows=1, columns=2, unpadded=(0, 4, 1, 7))
-    images = [replace(image, grid=(3, 4, 4), tiles=tiles) for image in rows()]
-    prefixes = make_prefixes(model, tokenizer, PROMPT, images)
+def tiled_rows() -> list[Row]:
+    """Return rows of an image of two tiles, 4 x 6 of their 4 x 8 tokens no padding."""
+    tiles = TileLayout(rows=1, columns=2, unpadded=(0, 4, 1, 7))
+    kept = ([0, 5, 17, 18, 37], [3, 18], [18, 33])
+    return [
+        replace(row(positions, seed=seed), grid=(3, 4, 4), tiles=tiles)
+        for seed, positions in enumerate(kept)
+    ]
 
-    expected = logits_from_tokens(model, tokenizer, images, "packed")
-    found = logits_from_prefixes(model, tokenizer, prefixes)
+
+@pytest.mark.parametrize("kind", ["llava_next", "llava_onevision"])
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_other_families_answer_as_from_tokens(kind: str, placement: str, tokenizer) -> None:
+    model, images = build_model(kind), tiled_rows()
+    prefixes = make_prefixes(model, tokenizer, PROMPT, images, placement=placement)
+
+    back = stored(prefixes, codecs.build("fp32", {}), model)
+
+    # The kept tokens, and an end for each row of the canvas (of both tiles) with one of them.
+    assert [len(prefix.ranks) for prefix in back] == [7, 3, 3]
+    expected = logits_from_tokens(model, tokenizer, images, placement)
+    found = logits_from_prefixes(model, tokenizer, back)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
-    from_tokens = prepare(model, tokenizer, prompts(), images)
-    assert said(model, prepare_prefixed(model, tokenizer, prefixes, QUESTIONS)) == said(
+    from_tokens = prepare(model, tokenizer, prompts(), images, placement=placement)
+    assert said(model, prepare_prefixed(model, tokenizer, back, QUESTIONS)) == said(
         model, from_tokens
     )
+
+
+def test_the_ends_of_rows_are_its_least_important_tokens(tokenizer) -> None:
+    image = replace(tiled_rows()[0], ranks=torch.tensor([3, 0, 1, 4, 2]))
+
+    prefix = make_prefix(build_model("llava_next"), tokenizer, PROMPT, image)
+
+    # 0 and 5 of the thumbnail; 17, 18 and the end of row 0; 37 and the end of row 1.
+    assert prefix.ranks.tolist() == [3, 0, 1, 4, 5, 2, 6]
 
 
 def test_one_prefix_serves_several_questions(llava, tokenizer) -> None:
@@ -153,7 +176,8 @@ def test_a_prefix_says_where_its_tokens_stand(llava, tokenizer) -> None:
     assert packed.positions.tolist() == [0, 1, 2, 3, 4, 5, 6]
     assert (packed.end, packed.sizes.tolist()) == (7, [1.0] * 7)
     assert weighted.positions.tolist() == [0, 1, 2, 5, 9, 17, 18]
-    assert (weighted.end, weighted.sizes.tolist()) == (19, [1.0, 1.0, 1.0, 5.0, 2.0, 8.0, 1.0])
+    assert weighted.end == 19
+    assert weighted.sizes.tolist() == pytest.approx([1, 1, 1, 5, 2, 8, 1])
 
 
 def test_the_cache_is_padded_on_the_left(llava, tokenizer) -> None:
@@ -356,6 +380,13 @@ def test_prefixes_of_two_placements_are_refused(llava, tokenizer) -> None:
 
     with pytest.raises(ValueError, match=r"the placements \['original', 'packed'\]"):
         prepare_prefixed(llava, tokenizer, made, QUESTIONS[:2])
+
+
+def test_a_model_of_another_type_is_refused(llava, tokenizer, monkeypatch) -> None:
+    monkeypatch.setattr(llava.config, "model_type", "paligemma")
+
+    with pytest.raises(ConfigError, match="'paligemma' cannot start from stored keys and values"):
+        make_prefix(llava, tokenizer, PROMPT, rows()[0])
 
 
 @pytest.mark.parametrize("prompt", ["what is", "what <image> is <image>"])

@@ -12,7 +12,6 @@ of the longest rest of a prompt, C columns in all.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import torch
@@ -22,9 +21,15 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, DynamicLayer
 
 from pipeline.consumers import hf
-from pipeline.consumers.placement import HasFeatures, with_places
+from pipeline.consumers.arrangement import ROW_END
+from pipeline.consumers.placement import HasFeatures
+from pipeline.consumers.prompt_layout import FedImage
 from pipeline.errors import ConfigError
 from pipeline.types import Placement
+
+MODEL_TYPES = frozenset({"llava", "llava_next", "llava_onevision"})
+"""`config.model_type` of the models served: their attention is causal in the image too, and a token
+has one position. Of `hf.MODEL_TYPES` others see all of an image at once, or place it on a grid."""
 
 _CHANGING_ROPES = frozenset({"dynamic", "longrope"})
 """Rotary embeddings whose frequencies depend on how long the whole prompt is."""
@@ -61,7 +66,7 @@ class KVPrefix:
     placement: Placement
     states: KeyValues  # of T tokens
     positions: Tensor  # (T,) int64, ascending
-    sizes: Tensor  # (T,) float32: how many tokens each stands for; 1 where nothing is weighted
+    sizes: Tensor  # (T,) float32: how many tokens the model is told that each stands for
     ranks: Tensor  # (K,) int64: 0 is the image's most important token
     end: int  # position of what stands behind
 
@@ -70,7 +75,7 @@ def fixed_prompt(model: Any, processor: Any, text: str) -> FixedPrompt:  # noqa:
     """Tokenize what stands before every question.
 
     Args:
-        model: a `...ForConditionalGeneration` of one of `hf.MODEL_TYPES`.
+        model: a `...ForConditionalGeneration` of one of `MODEL_TYPES`.
         processor: the model's processor, or its tokenizer alone.
         text: with the image token once.
 
@@ -103,8 +108,8 @@ def make_prefixes(
     r"""Run the language model over a fixed prompt with each of some images, as one batch.
 
     Args:
-        model: as for `hf.prepare`.
-        processor: likewise.
+        model: a `...ForConditionalGeneration` of one of `MODEL_TYPES`.
+        processor: the model's processor, or its tokenizer alone.
         prompt: what stands before every question, with one image token; `USER: <image>\n`, say.
         images: their kept tokens, as for `hf.prepare`; at least one.
         stage: of the features.
@@ -117,7 +122,7 @@ def make_prefixes(
         ConfigError, ValueError, TypeError: as `hf.prepare` says; also if the prompt does not hold
             the image token once, or the model's prefixes would depend on what follows.
     """
-    _check_decoder(model)
+    _check_model(model)
     fixed = fixed_prompt(model, processor, prompt)
     inputs = hf.prepare(
         model, processor, [prompt] * len(images), images, stage=stage, placement=placement
@@ -127,22 +132,25 @@ def make_prefixes(
     inputs = {"position_ids": packed_PT, **inputs}
     cache = DynamicCache(config=model.config.get_text_config())
     model.base_model(**inputs, past_key_values=cache, use_cache=True)
-    ends = [int(positions[-1]) + 1 for positions in packed_PT]
-    if placement != "packed":
-        num_text = len(fixed.before) + len(fixed.after)
-        ends = [num_text + prod(image.grid) for image in with_places(images)]
-    return [
-        KVPrefix(
-            prompt=fixed,
-            placement=placement,
-            states=_states(cache, number, is_token_PT[number]),
-            positions=inputs["position_ids"][number][is_token_PT[number]].cpu(),
-            sizes=_sizes(image, fixed, placement),
-            ranks=_ranks(image),
-            end=end,
+    bias_PT = inputs["position_bias"][:, 0, 0] if placement == "weighted" else torch.zeros(())
+    sizes_PT = bias_PT.float().exp().expand(packed_PT.shape)
+    num_text = len(fixed.before) + len(fixed.after)
+    prefixes = []
+    for number, (image, own_T) in enumerate(zip(images, is_token_PT, strict=True)):
+        fed = FedImage.of(model.config.model_type, image, number)
+        image_slots = fed.slots if placement == "packed" else fed.arrangement.sources
+        prefixes.append(
+            KVPrefix(
+                prompt=fixed,
+                placement=placement,
+                states=_states(cache, number, own_T),
+                positions=inputs["position_ids"][number][own_T].cpu(),
+                sizes=sizes_PT[number].to(own_T.device)[own_T].cpu(),
+                ranks=_ranks(image, fed.rows),
+                end=num_text + len(image_slots),
+            )
         )
-        for number, (image, end) in enumerate(zip(images, ends, strict=True))
-    ]
+    return prefixes
 
 
 def make_prefix(
@@ -258,8 +266,13 @@ def prepare_prefixed(
     return inputs
 
 
-def _check_decoder(model: Any) -> None:  # noqa: ANN401
-    config = model.config.get_text_config()
+def _check_model(model: Any) -> None:  # noqa: ANN401
+    kind, config = model.config.model_type, model.config.get_text_config()
+    if kind not in MODEL_TYPES:
+        raise ConfigError(
+            f"models of type {kind!r} cannot start from stored keys and values; known: "
+            f"{', '.join(sorted(MODEL_TYPES))}"
+        )
     if any(type(layer) is not DynamicLayer for layer in DynamicCache(config=config).layers):
         raise ConfigError(
             f"the decoder {config.model_type!r} has layers that do not attend to all tokens before "
@@ -312,18 +325,15 @@ def _states(cache: DynamicCache, number: int, is_token_T: Tensor) -> KeyValues:
     )
 
 
-def _sizes(image: Tensor | HasFeatures, prompt: FixedPrompt, placement: Placement) -> Tensor:
-    """Return the (T,) sizes that the model is told."""
-    if placement == "weighted":
-        of_image_K = with_places([image])[0].sizes.float().cpu()
-    else:
-        of_image_K = torch.ones(len(image if isinstance(image, Tensor) else image.features))
-    return torch.cat([torch.ones(len(prompt.before)), of_image_K, torch.ones(len(prompt.after))])
+def _ranks(image: Tensor | HasFeatures, rows_K: Tensor) -> Tensor:
+    """Return the (K,) ranks of what stands for an image; ends of rows come last.
 
-
-def _ranks(image: Tensor | HasFeatures) -> Tensor:
-    """Return the ranks of an image's tokens; where they are not known, the first is the first."""
-    if isinstance(image, Tensor):
-        return torch.arange(len(image))
-    known: Tensor | None = getattr(image, "ranks", None)
-    return torch.arange(len(image.features)) if known is None else known.cpu()
+    Args:
+        image: whose ranks, where they are not known, are the order its tokens have.
+        rows_K: which of its tokens stands there, or `ROW_END`.
+    """
+    known: Tensor | None = None if isinstance(image, Tensor) else getattr(image, "ranks", None)
+    if known is None:
+        known = torch.arange(len(image if isinstance(image, Tensor) else image.features))
+    own_K = torch.where(rows_K == ROW_END, len(known), known.cpu()[rows_K.clamp_min(0)])
+    return own_K.argsort(stable=True).argsort()
