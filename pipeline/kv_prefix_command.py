@@ -6,9 +6,9 @@ import typer
 import yaml
 
 from pipeline.carved_cache import open_cache
+from pipeline.consumers.checkpoint import load_without_tower
 from pipeline.consumers.kv_writer import PrefixSummary, write_prefixes
 from pipeline.errors import ConfigError
-from pipeline.evaluation.answers import load_model
 from pipeline.types import Placement
 
 _DTYPES = Literal["float32", "bfloat16", "float16"]
@@ -46,13 +46,13 @@ def kv_prefix(  # noqa: PLR0913  (one argument a flag)
     import torch
 
     cache = open_cache(url, keep_tokens=keep_tokens)
-    loaded, processor = load_model(
+    loaded, tokenizer = load_without_tower(
         model, revision=revision, dtype=getattr(torch, dtype), device=device
     )
     summary = write_prefixes(
         cache,
         loaded,
-        processor,
+        tokenizer,
         prompt=prompt,
         codec=codec,
         codec_options=_options(codec_options or []),
