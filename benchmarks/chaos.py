@@ -72,7 +72,8 @@ def main() -> None:
 
 def _start(folder: Path, store: str, worker: int, seeds: Sequence[int]) -> subprocess.Popen[bytes]:
     log = f"--storm-log={folder / store}.jsonl"
-    command = ["pytest", "-m", "chaos", "tests/chaos", "-k", store, log]
+    # One process: a world of its own costs each a cluster.
+    command = ["pytest", "-n", "0", "-m", "chaos", "tests/chaos", "-k", store, log]
     with (folder / f"{store}-{worker}.log").open("w") as said:
         return subprocess.Popen(
             [sys.executable, "-m", *command, *(f"--seed={seed}" for seed in seeds)],
