@@ -56,7 +56,7 @@ def test_after_any_storm_the_cache_is_as_if_there_had_been_none(
 ) -> None:
     findings = rage(long_plan, compares=long_plan.seed % 4 == 0)
 
-    assert findings.looks > 1
+    assert findings.looks >= 1  # in a short storm on a busy machine no more
     assert len(findings.faults) == len(long_plan.faults)
 
 
