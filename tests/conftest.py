@@ -27,6 +27,9 @@ def _silent_environment() -> dict[str, str]:
     )
     return {
         "HOME": home,
+        # Several processes share the tests: with a thread each per core they would mostly wait for
+        # one another. Read when torch is loaded.
+        "OMP_NUM_THREADS": "1",
         # gcsfs asks by gRPC what kind of bucket it has; it reads this when it is imported.
         "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
         "FSSPEC_GCS_TOKEN": "anon",  # instead of looking for a cloud's metadata server
