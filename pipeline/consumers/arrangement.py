@@ -90,6 +90,21 @@ def kept_slots(arrangement: Arrangement, positions: Tensor) -> tuple[Tensor, Ten
     return slots, rows[slots]
 
 
+def in_slots(features_KD: Tensor, rows: Tensor, row_end: Tensor | None) -> Tensor:
+    """Return (T, D): an image's tokens in the order of its slots, and the ends of its rows.
+
+    Args:
+        features_KD: of the kept tokens.
+        rows: (T,) of `kept_slots`.
+        row_end: (D,) what the model puts at the end of a row; None where no row has an end.
+    """
+    rows = rows.to(features_KD.device)
+    ordered_TD = features_KD[rows.clamp_min(0)]
+    if row_end is None:
+        return ordered_TD
+    return torch.where((rows == ROW_END)[:, None], row_end.to(ordered_TD), ordered_TD)
+
+
 def _with_row_ends(grid: tuple[int, int, int], tiles: TileLayout) -> Arrangement:
     """LLaVA-NeXT and OneVision: the thumbnail, then the canvas with an end at each of its rows."""
     if tiles.canvas is not None:

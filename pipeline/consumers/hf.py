@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
-from pipeline.consumers.arrangement import ROW_END
+from pipeline.consumers.arrangement import in_slots
 from pipeline.consumers.placement import HasFeatures, check_placement, widen_bias, with_places
 from pipeline.consumers.prompt_layout import FedImage, grid_positions, lay_out
 from pipeline.errors import ConfigError
@@ -221,12 +221,8 @@ def _outputs(
 
 def _with_ends(model: Any, kind: str, features_KD: Tensor, image: FedImage) -> Tensor:  # noqa: ANN401
     """Return (T, D): an image's tokens in the order of its slots, and the ends of its rows."""
-    rows = image.rows.to(features_KD.device)
-    ordered_TD = features_KD[rows.clamp_min(0)]
-    if kind not in _WITH_ROW_ENDS:
-        return ordered_TD
-    end_D = model.base_model.image_newline.to(ordered_TD)
-    return torch.where((rows == ROW_END)[:, None], end_D, ordered_TD)
+    has_ends = kind in _WITH_ROW_ENDS
+    return in_slots(features_KD, image.rows, model.base_model.image_newline if has_ends else None)
 
 
 def _features(model: Any, images: Sequence[FedImage], stage: str) -> list[Tensor]:  # noqa: ANN401

@@ -169,7 +169,7 @@ def grid_positions(prompt: LaidOutPrompt, *, is_packed: bool) -> Tensor:
     """
     if is_packed:
         return torch.arange(len(prompt.ids)).expand(3, -1)
-    axes, start, place = [], 0, 0
+    axes, start = [], 0
     for number, length in _stretches(prompt.image):
         if number < 0:
             axes.append((start + torch.arange(length)).expand(3, -1))
@@ -180,7 +180,6 @@ def grid_positions(prompt: LaidOutPrompt, *, is_packed: bool) -> Tensor:
             own = torch.unravel_index(image.positions, image.grid)
             axes.append(start + torch.stack(own))
             start += max(image.grid)
-        place += length
     return torch.cat(axes, dim=1)
 
 

@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from pipeline.consumers.arrangement import ROW_END, arrange, kept_slots
+from pipeline.consumers.arrangement import ROW_END, arrange, in_slots, kept_slots
 from pipeline.consumers.placement import HasFeatures, HasPlaces, check_places
 from pipeline.errors import ConfigError
 
@@ -115,15 +114,12 @@ def _arranged(model: ServedModel, image: HasFeatures, index: int, row_end: Tenso
     _, rows_T = kept_slots(arrangement, image.positions.cpu())
     if not len(rows_T):
         raise ValueError(f"image {index} kept only tokens that lie in its padding")
-    ordered_TD = rows_KD[rows_T.clamp_min(0).to(rows_KD.device)]
-    is_end_T = rows_T == ROW_END
-    if not is_end_T.any():
-        return ordered_TD
+    if not (rows_T == ROW_END).any():
+        return in_slots(rows_KD, rows_T, None)
     if row_end is None or tuple(row_end.shape) != (model.width,):
         given = "none" if row_end is None else f"one of the shape {tuple(row_end.shape)}"
         raise ConfigError(
             f"a {model.model_type} ends each row of an image with its image_newline, and {given} "
             f"is given; give that of its weights, ({model.width},), as row_end"
         )
-    end_D = row_end.to(ordered_TD)
-    return torch.where(is_end_T.to(end_D.device)[:, None], end_D, ordered_TD)
+    return in_slots(rows_KD, rows_T, row_end)

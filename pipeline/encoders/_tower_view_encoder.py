@@ -5,7 +5,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -35,17 +35,17 @@ class TowerViewEncoder(ViewEncoder):
     """An encoder with one tower and one projector, and the family's own views.
 
     Attributes:
+        stage: `pre_projector`, the tower's output, or `projected`, what the language model is fed.
         shallow_layer: see the encoder `llava`.
     """
 
+    stage: Literal["pre_projector", "projected"] = "projected"
     shallow_layer: int | None = None
 
     family: ClassVar[str]
     """`model_type` of its checkpoints."""
     settings: ClassVar[tuple[str, ...]]
     """What of config.json decides the numbers, beside the tower."""
-    unit: ClassVar[int] = 1
-    """Edge of the square of patches that becomes one token."""
 
     @abstractmethod
     def _make_projector(self) -> nn.Module:
@@ -63,11 +63,12 @@ class TowerViewEncoder(ViewEncoder):
 
     @property
     def _projects(self) -> bool:
-        return True
+        return self.stage == "projected"
 
     @property
     def _unit(self) -> int:
-        return self.unit
+        """Edge of the square of patches that becomes one token."""
+        return 1
 
     @property
     def yields(self) -> frozenset[str]:
@@ -120,12 +121,9 @@ class TowerViewEncoder(ViewEncoder):
         height, width = self._plan.grid(rows, columns)
         return height // self._unit, width // self._unit
 
-    def _describe_numbers(self) -> Mapping[str, Any]:
-        return {"stage": "projected" if self._projects else "pre_projector"}
-
     def _describe_options(self, signals: frozenset[str]) -> Mapping[str, Any]:
         shallow = {"shallow_layer": self._plan.shallow_block} if signals & SHALLOW_SIGNALS else {}
-        return {"resize": self.resize, **self._describe_numbers(), **shallow}
+        return {"stage": self.stage, "resize": self.resize, **shallow}
 
     def _after_tower(self) -> nn.Sequential:
         if not self._projects:

@@ -14,6 +14,7 @@ import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -60,11 +61,9 @@ class ImageFeatures(ViewEncoder):
         """Width of the language model."""
         return int(self._config.get_text_config().hidden_size)
 
-    @property
+    @cached_property
     def _config(self) -> Any:  # noqa: ANN401
-        if "_config_read" not in self.__dict__:
-            self._config_read = read_config(self._checkpoint.config, model=self.model)
-        return self._config_read
+        return read_config(self._checkpoint.config, model=self.model)
 
     @property
     def _vision(self) -> Any:  # noqa: ANN401
@@ -80,7 +79,7 @@ class ImageFeatures(ViewEncoder):
     def _num_patches(self) -> int:
         return int((self._vision.image_size // self._vision.patch_size) ** 2)
 
-    @property
+    @cached_property
     def _num_tokens(self) -> int:
         """Number of tokens of a view, from a run without numbers."""
         edge = self._vision.image_size
@@ -117,11 +116,7 @@ class ImageFeatures(ViewEncoder):
 
     def _build(self) -> nn.Module:
         kind = self._class()
-        model = build_model(lambda: kind(self._config))
-        for name in _LANGUAGE:
-            if hasattr(model, name):
-                setattr(model, name, nn.Identity())
-        return model
+        return build_model(lambda: kind(self._config), without=_LANGUAGE)
 
     def _prefixes(self, model: nn.Module) -> Mapping[str, Sequence[str]]:
         return {

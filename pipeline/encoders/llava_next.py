@@ -9,22 +9,17 @@ Differs: tokens that see only padding are kept apart, not dropped: `TileLayout.u
     The tokens at the ends of rows are none of the image's, and are put in when it is read.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from torch import nn
 from transformers.models.llava_next.modeling_llava_next import LlavaNextMultiModalProjector
 
-from pipeline.encoders._anyres import lay_out
-from pipeline.encoders._base import Pixels
-from pipeline.encoders._own_processor import views_of
-from pipeline.encoders._tower_view_encoder import TowerViewEncoder
-from pipeline.types import TileLayout
+from pipeline.encoders._anyres_encoder import AnyresEncoder
 
 
 @dataclass(kw_only=True)
-class LlavaNext(TowerViewEncoder):
+class LlavaNext(AnyresEncoder):
     """Visual tokens of a LLaVA-NeXT model, view after view, before or after its projector.
 
     Attributes:
@@ -43,23 +38,5 @@ class LlavaNext(TowerViewEncoder):
         "image_grid_pinpoints",
     )
 
-    @property
-    def _projects(self) -> bool:
-        return self.stage == "projected"
-
     def _make_projector(self) -> nn.Module:
         return LlavaNextMultiModalProjector(self._config)
-
-    def _views(self, image: Pixels) -> tuple[list[Pixels], TileLayout | None]:
-        pinpoints, vision = self._config.image_grid_pinpoints, self._config.vision_config
-        outputs = self._processor(image, image_grid_pinpoints=pinpoints)
-        tiles = lay_out(
-            (image.shape[0], image.shape[1]),
-            tuple((int(height), int(width)) for height, width in pinpoints),
-            tile_pixels=vision.image_size,
-            tile_tokens=vision.image_size // vision.patch_size,
-        )
-        return views_of(outputs["pixel_values"][0], model=self.model), tiles
-
-    def _describe_numbers(self) -> Mapping[str, Any]:
-        return {"stage": self.stage}

@@ -18,16 +18,13 @@ from transformers.models.llava_onevision.modeling_llava_onevision import (
     LlavaOnevisionMultiModalProjector,
 )
 
-from pipeline.encoders._anyres import lay_out
-from pipeline.encoders._base import Pixels
-from pipeline.encoders._own_processor import views_of
-from pipeline.encoders._tower_view_encoder import TowerViewEncoder
+from pipeline.encoders._anyres_encoder import AnyresEncoder
 from pipeline.errors import ConfigError
 from pipeline.types import TileLayout
 
 
 @dataclass(kw_only=True)
-class LlavaOnevision(TowerViewEncoder):
+class LlavaOnevision(AnyresEncoder):
     """Visual tokens of a LLaVA-OneVision model, as its language model is fed them.
 
     Attributes:
@@ -59,18 +56,6 @@ class LlavaOnevision(TowerViewEncoder):
 
     def _make_projector(self) -> nn.Module:
         return LlavaOnevisionMultiModalProjector(self._config)
-
-    def _views(self, image: Pixels) -> tuple[list[Pixels], TileLayout | None]:
-        pinpoints, vision = self._config.image_grid_pinpoints, self._config.vision_config
-        outputs = self._processor(image, image_grid_pinpoints=pinpoints)
-        tiles = lay_out(
-            (image.shape[0], image.shape[1]),
-            tuple((int(height), int(width)) for height, width in pinpoints),
-            tile_pixels=vision.image_size,
-            tile_tokens=vision.image_size // vision.patch_size,
-            max_tiles=self._max_tiles,
-        )
-        return views_of(outputs["pixel_values"][0], model=self.model), tiles
 
     def _arrange(self, features_BVnD: Tensor, tiles: TileLayout | None) -> Tensor:
         if tiles is None or tiles.canvas is None:

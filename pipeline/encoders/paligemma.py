@@ -6,9 +6,9 @@ Source: L. Beyer et al., PaliGemma, arXiv 2407.07726; A. Steiner et al., PaliGem
 Signals: of the tower, from the attention of its last layer and of an early one.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from torch import nn
 from transformers.models.paligemma.modeling_paligemma import PaliGemmaMultiModalProjector
@@ -40,15 +40,8 @@ class Paligemma(TowerViewEncoder):
     def _first_token(self) -> int:
         return 0
 
-    @property
-    def _projects(self) -> bool:
-        return self.stage == "projected"
-
     def _make_projector(self) -> nn.Module:
         return PaliGemmaMultiModalProjector(self._config)
 
     def _views(self, image: Pixels) -> tuple[list[Pixels], None]:
         return views_of(self._processor(image)["pixel_values"], model=self.model), None
-
-    def _describe_numbers(self) -> Mapping[str, Any]:
-        return {"stage": self.stage}
