@@ -18,6 +18,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.models.dinov3_vit.modeling_dinov3_vit import apply_rotary_pos_emb
 
+from pipeline.encoders._attention_catch import AttentionCatch
 from pipeline.encoders._base import Pixels
 from pipeline.encoders._checkpoint_encoder import CheckpointEncoder, read_config
 from pipeline.encoders._normalisation import Normalisation, triple
@@ -192,21 +193,16 @@ class _Resizing:
 
 
 class _Probe:
-    """Catches what the attention of the last layer is given and gives; see `AttentionProbe`."""
+    """Signals of the last layer's attention, behind its rotary embedding."""
 
     def __init__(self, model: Any, first: int, signals: frozenset[str]) -> None:  # noqa: ANN401
         self._first, self._signals = first, signals
         self._attention = model.model.layer[-1].attention
-        self._inputs: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
-        self._output: Tensor | None = None
-        self._attention.register_forward_pre_hook(self._before, with_kwargs=True)
-        self._attention.register_forward_hook(self._behind)
+        self._catch = AttentionCatch(self._attention)
 
     def take(self) -> dict[str, Tensor]:
         """Return the signals of the last run, and forget it."""
-        inputs, output_BTD, self._inputs, self._output = self._inputs, self._output, None, None
-        assert inputs is not None and output_BTD is not None
-        hidden_BTD, (cos, sin) = inputs
+        hidden_BTD, (cos, sin), output_BTD = self._catch.take()
         attention, first = self._attention, self._first
         shape = (*hidden_BTD.shape[:2], attention.num_heads, attention.head_dim)
         queries_BHTd, keys_BHTd = (
@@ -226,10 +222,3 @@ class _Probe:
             "attention_output": lambda: output_BTD[:, first:].float(),
         }
         return {name: made[name]() for name in self._signals}
-
-    def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        self._inputs = hidden, kwargs["position_embeddings"]
-
-    def _behind(self, _module: nn.Module, _args: object, output: Any) -> None:  # noqa: ANN401
-        self._output = output[0] if isinstance(output, tuple) else output

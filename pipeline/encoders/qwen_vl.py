@@ -16,11 +16,12 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb_vision
 from transformers.vision_utils import get_vision_window_index
 
+from pipeline.encoders._attention_catch import AttentionCatch
 from pipeline.encoders._base import Pixels
 from pipeline.encoders._own_model_encoder import OwnModelEncoder
 from pipeline.encoders._resize import RESIZERS
@@ -108,21 +109,16 @@ def _patchify(pixels_BCHW: Tensor, vision: Any) -> tuple[Tensor, tuple[int, int]
 
 
 class _Probe:
-    """Catches what the attention of the last layer is given and gives; see `AttentionProbe`."""
+    """Signals of the last layer's attention, behind its rotary embedding."""
 
     def __init__(self, visual: Any, signals: frozenset[str]) -> None:  # noqa: ANN401
         self._signals = signals
         self._attention: Any = visual.blocks[-1].attn
-        self._inputs: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
-        self._output: Tensor | None = None
-        self._attention.register_forward_pre_hook(self._before, with_kwargs=True)
-        self._attention.register_forward_hook(self._behind)
+        self._catch = AttentionCatch(self._attention)
 
     def take(self, grids_B3: Tensor, vision: Any) -> dict[str, Tensor]:  # noqa: ANN401
         """Return the signals of the last run, and forget it."""
-        inputs, output_PD, self._inputs, self._output = self._inputs, self._output, None, None
-        assert inputs is not None and output_PD is not None
-        hidden_PD, (cos, sin) = inputs
+        hidden_PD, (cos, sin), output_PD = self._catch.take()
         count, num_heads = len(grids_B3), self._attention.num_heads
         joined = self._attention.qkv(hidden_PD).reshape(len(hidden_PD), 3, num_heads, -1)
         queries_PHd, keys_PHd = joined[:, 0], joined[:, 1]
@@ -147,12 +143,6 @@ class _Probe:
         grouped = values.reshape(len(values), -1, unit, *values.shape[2:])
         merged = grouped.sum(dim=2) if name == _SUMMED else grouped.mean(dim=2)
         return merged.flatten(0, 1)[order].reshape(merged.shape)
-
-    def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._inputs = args[0], kwargs["position_embeddings"]
-
-    def _behind(self, _module: nn.Module, _args: object, output: Tensor) -> None:
-        self._output = output
 
 
 def _token_order(grids_B3: Tensor, vision: Any) -> Tensor:  # noqa: ANN401
