@@ -88,17 +88,14 @@ def read_lessons(
         ConfigError: no image of the cache has an answered question.
     """
     columns = [options.column] if options.column else []
-    dataset = CarvedDataset(cache, shuffle=True, seed=options.seed, columns=columns)
+    dataset = CarvedDataset(
+        cache, batch_size=_ROWS_READ, shuffle=True, seed=options.seed, columns=columns
+    )
     for epoch in itertools.count():
         dataset.set_epoch(epoch)
-        loader = DataLoader(
-            dataset,
-            batch_size=_ROWS_READ,
-            num_workers=options.workers,
-            collate_fn=dataset.collate,
-        )
+        loader = DataLoader(dataset, batch_size=None, num_workers=options.workers)
         is_empty = True
-        for row in (row for batch in loader for row in batch.rows):
+        for row in (row for batch in loader for row in batch):
             rng = random.Random(f"{options.seed}/{epoch}/{row.key}")
             if answered := [q for q in _asked(questions, row) if q.answer]:
                 question = rng.choice(answered)

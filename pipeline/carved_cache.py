@@ -6,19 +6,18 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
 
 from pipeline import codecs
 from pipeline.cache import commit, snapshot
-from pipeline.cache.reader import RowPlace, SnapshotReader
-from pipeline.cache.row import StoredTokens
+from pipeline.cache.reader import SnapshotReader
+from pipeline.cache.row_batch import RowBatch
 from pipeline.codecs import Codec
-from pipeline.errors import CacheFormatError
 from pipeline.storage import open_store
-from pipeline.types import PackedTokens, TileLayout
+from pipeline.types import TileLayout
+from pipeline.unpacked_rows import UnpackedRows, unpack_rows
 
 logger = logging.getLogger(__name__)
 
@@ -142,8 +141,8 @@ class CarvedCache:
     ) -> list[CachedImage]:
         """Return several images, unpacked together on `device`."""
         places = self.reader.find_many(keys)
-        stored = self.reader.read_many(places, self.keep_tokens)
-        return unpack_images(self.codec, places, stored, device=device, dtype=dtype)
+        rows = self.reader.read_in_parallel(places, self.keep_tokens)
+        return unpack_images(self.codec, rows, device=device, dtype=dtype)
 
     def columns(self, key: str, columns: Sequence[str]) -> dict[str, Any]:
         """Return other columns of one image, the user's own among them."""
@@ -160,8 +159,7 @@ class CarvedCache:
 
 def unpack_images(
     codec: Codec,
-    places: Sequence[RowPlace],
-    stored: Sequence[StoredTokens],
+    rows: RowBatch,
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -170,47 +168,43 @@ def unpack_images(
 
     Args:
         codec: they were packed with.
-        places: of the rows.
-        stored: their tokens, in the same order.
+        rows: of a cache.
         device: where the features are wanted.
         dtype: of the features.
+
+    Raises:
+        CacheFormatError: a row is damaged.
     """
-    if not stored:
+    if not len(rows):
         return []
-    packed = [
-        PackedTokens(tokens=s.tokens, aux=s.codec_aux, num_tokens=s.num_tokens, head=s.head)
-        for s in stored
-    ]
-    features = codec.unpack(packed, device=device, dtype=dtype)
-    pieces = torch.split(features, [s.num_tokens for s in stored])
+    unpacked = unpack_rows(codec, rows, device=device, dtype=dtype)
+    lengths = rows.num_tokens.tolist()
+    pieces = zip(
+        rows.places,
+        *(torch.split(t, lengths) for t in _tensors(unpacked)),
+        rows.tiles or [None] * len(rows),
+        strict=True,
+    )
     return [
-        _in_position_order(place, s, piece)
-        for place, s, piece in zip(places, stored, pieces, strict=True)
+        CachedImage(
+            key=place.key,
+            features=features,
+            positions=positions,
+            sizes=sizes,
+            ranks=ranks,
+            grid=(place.grid_t, place.grid_h, place.grid_w),
+            width=place.width,
+            height=place.height,
+            tiles=tiles,
+        )
+        for place, features, positions, sizes, ranks, tiles in pieces
     ]
+
+
+def _tensors(unpacked: UnpackedRows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return unpacked.features, unpacked.positions, unpacked.sizes, unpacked.ranks
 
 
 def _check_keep_tokens(keep_tokens: int | None) -> None:
     if keep_tokens is not None and keep_tokens < 1:
         raise ValueError(f"keep_tokens={keep_tokens}: must be at least 1, or None for all")
-
-
-def _in_position_order(place: RowPlace, stored: StoredTokens, features: Tensor) -> CachedImage:
-    num_places = place.grid_t * place.grid_h * place.grid_w
-    if stored.positions.max() >= num_places or not np.isfinite(stored.sizes).all():
-        raise CacheFormatError(
-            f"{place.path} key {place.key!r}: a token at place {stored.positions.max()} of "
-            f"{num_places}, or of no finite size; the row is damaged"
-        )
-    order = np.argsort(stored.positions, kind="stable")
-    ranks = torch.from_numpy(order)
-    return CachedImage(
-        key=place.key,
-        features=features[ranks.to(features.device)],
-        positions=torch.from_numpy(stored.positions[order].astype(np.int64)),
-        sizes=torch.from_numpy(stored.sizes[order].astype(np.float32)),
-        ranks=ranks,
-        grid=(place.grid_t, place.grid_h, place.grid_w),
-        width=place.width,
-        height=place.height,
-        tiles=stored.tiles,
-    )

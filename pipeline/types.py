@@ -109,7 +109,7 @@ of full tokens' scores packed, 90.1 at original positions, and 95.3 there with t
 class PackedTokens:
     """Tokens of one image as a codec stores them, token by token: any prefix can be unpacked."""
 
-    tokens: bytes  # the codes, num_tokens * codec.token_bytes(D)
-    aux: bytes  # what the codec needs beside them (a scale, say), num_tokens * codec.aux_bytes
+    tokens: bytes | memoryview  # the codes, num_tokens * codec.token_bytes(D)
+    aux: bytes | memoryview  # what it needs beside them, num_tokens * codec.aux_bytes
     num_tokens: int  # K
     head: bytes = b""  # what every prefix of the tokens needs (a scale per channel, say)

@@ -21,6 +21,7 @@ LAYERS = (
         "error_budget",
     },
     {"source", "decode", "encoders", "carvers", "codecs", "cache"},
+    {"unpacked_rows"},
     {"job", "carved_cache", "run_report", "notify", "command_line", "json_stderr"},
     {"plan", "shard_pipeline", "dataset", "calibration", "status", "rejections"},
     {"carve_shard"},

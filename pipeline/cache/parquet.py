@@ -9,11 +9,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import google_crc32c
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.cache import layout
+from pipeline.cache.checksum import crc32c
 from pipeline.errors import CacheFormatError, PipelineError, StorageError
 
 MAX_FOOTER_BYTES = 64 << 20
@@ -127,7 +127,7 @@ def footer_of(tail: bytes, *, where: str) -> bytes | int:
 
 def footer_checksum(footer: bytes) -> int:
     """Return the crc32c of a footer with its length and the magic number behind it."""
-    return int(google_crc32c.value(footer))
+    return crc32c(footer)
 
 
 def parse_footer(footer: bytes, *, where: str) -> pq.FileMetaData:

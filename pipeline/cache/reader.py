@@ -3,9 +3,9 @@
 import bisect
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -15,22 +15,32 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.cache import layout, parquet, row
-from pipeline.cache.fetch import in_order
+from pipeline.cache import layout, parquet
+from pipeline.cache.fetch import THREADS
+from pipeline.cache.fetched_rows import DamagedRow, DamagedRows, unpack_rows
+from pipeline.cache.found_rows import FoundRows
 from pipeline.cache.open_parts import PartRecord
 from pipeline.cache.part_check import PartCheck
+from pipeline.cache.part_places import PartPlaces, PartRows
+from pipeline.cache.places import Places
 from pipeline.cache.row import StoredTokens
+from pipeline.cache.row_batch import Bytes, RowBatch, joined, of_stored
+from pipeline.cache.row_fetch import Allocate, fetch_rows
 from pipeline.cache.row_groups import RowGroups
-from pipeline.cache.row_place import RowPlace, check_place
+from pipeline.cache.row_place import RowPlace
 from pipeline.cache.segment_reader import SegmentReader, join_files
-from pipeline.cache.snapshot_record import Snapshot, StoredTable
+from pipeline.cache.snapshot_record import Snapshot
 from pipeline.cache.sorted_rows import ORDER, merge_sorted, repeated, whole_keys
 from pipeline.errors import CacheFormatError, KeyNotFoundError, NotFoundError
 from pipeline.storage import Store
 
 __all__ = ["RowPlace", "SnapshotReader"]
 
-_PLACE = [f.name for f in fields(RowPlace) if f.name != "path"]
+_STORED = [("row_group", "ascending"), ("row", "ascending")]
+
+
+def _allocate(num_bytes: int) -> Bytes:
+    return np.empty(num_bytes, np.uint8)
 
 
 @dataclass(kw_only=True)
@@ -46,10 +56,12 @@ class SnapshotReader:
     tables: Mapping[str, pa.Table] | None = field(default=None, repr=False)
     """By path, tables that are not stored."""
     _groups: RowGroups = field(init=False, repr=False)
+    _parts: PartPlaces = field(init=False, repr=False)
     _segments: list[SegmentReader] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self._groups = RowGroups(self.store, self.tables)
+        self._parts = PartPlaces(self._groups, lambda: self._hidden)
         self._segments = [SegmentReader(self._groups, s) for s in self.snapshot.segments]
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -92,39 +104,29 @@ class SnapshotReader:
 
     def contains(self, key: str) -> bool:
         """Return whether there is such a key."""
-        return any(segment.find(key) for segment in self._segments)
+        return any(len(segment.find([key])[0]) for segment in self._segments)
 
     def find(self, key: str) -> RowPlace:
-        """Return the place of a key's row.
+        """Return the place of a key's row; errors as in `find_many`."""
+        return self.find_many([key]).place(0)
 
-        Raises:
-            KeyNotFoundError: no such key.
-            CacheFormatError: the index is damaged.
-            StorageError: the store cannot be read.
-        """
-        found = [(s, *row) for s in self._segments for row in s.find(key)]
-        if not found:
-            raise KeyNotFoundError(
-                f"no image {key!r} in {self.store.url} (snapshot {self.snapshot.number}, "
-                f"{len(self)} images)"
-            )
-        # Of rows with one key the one of the earliest shard counts.
-        files = [(s.file_of(table["file"][n].as_py()), table, n) for s, table, n in found]
-        file, table, number = min(files, key=lambda row: (row[0]["shard"], row[0]["path"]))
-        values = {name: table[name][number].as_py() for name in _PLACE}
-        return self._place(file["path"], file["size"], values)
-
-    def find_many(self, keys: Sequence[str]) -> list[RowPlace]:
-        """Return the places of several keys' rows; in parallel where the store is remote.
+    def find_many(self, keys: Sequence[str]) -> Places:
+        """Return the places of several keys' rows, in their order.
 
         Raises:
             KeyNotFoundError: one of them is not there.
             CacheFormatError: the index is damaged.
             StorageError: the store cannot be read.
         """
-        if len(keys) < 2 or self.store.local_path("") is not None:
-            return [self.find(key) for key in keys]
-        return list(in_order(self.find, keys))
+        found = FoundRows([(s, *s.find(keys)) for s in self._segments])
+        if missing := found.missing(len(keys)):
+            raise KeyNotFoundError(
+                f"no image {keys[missing[0]]!r} in {self.store.url} (snapshot "
+                f"{self.snapshot.number}, {len(self)} images)"
+            )
+        places, sizes = found.places(keys)
+        places.check(sizes, self.store.url)
+        return places
 
     def row_groups(self) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int64]]:
         """Return file number, row group and number of rows of all row groups, as stored.
@@ -139,77 +141,76 @@ class SnapshotReader:
         known = zip(table["path"].to_pylist(), table["row_groups"].to_pylist(), strict=True)
         for number, (path, sizes) in enumerate(known):
             if sizes is None:  # of the first layout
-                sizes = np.bincount(self._rows_of_part(path)["row_group"].to_numpy()).tolist()
+                sizes = np.bincount(self._parts.index_rows(path)["row_group"].to_numpy()).tolist()
             hidden = [len(self._hidden.get((path, g), ())) for g in range(len(sizes))]
             files += [number] * len(sizes)
             groups += range(len(sizes))
             rows += [size - count for size, count in zip(sizes, hidden, strict=True)]
         return np.array(files, np.int32), np.array(groups, np.int32), np.array(rows, np.int64)
 
-    def places_in(self, path: str, row_group: int) -> list[RowPlace]:
-        """Return the places of the rows of a row group, as stored; hidden ones are not among them.
+    def part_rows(self, path: str) -> PartRows:
+        """Return the rows of a part, as stored; hidden ones are not among them.
 
         They are read from the index of the attempt, which stays in memory for a while.
         """
-        rows = self._rows_of_part(path)
-        rows = rows.filter(pc.equal(rows["row_group"], row_group)).sort_by("row")
-        hidden = self._hidden.get((path, row_group), set())
-        size = self._record_of(path)["size"]
-        values = [v for v in rows.select(_PLACE).to_pylist() if v["row"] not in hidden]
-        return [self._place(path, size, v) for v in values]
+        return self._parts.part(path, int(self._record_of(path)["size"]))
 
-    def read_tokens(self, place: RowPlace, keep_tokens: int | None = None) -> StoredTokens:
-        """Fetch the first `keep_tokens` tokens of one row by two ranged reads.
+    def visible_index(self, path: str) -> pa.Table:
+        """Return what the index says of a part, as stored; hidden rows are not among them."""
+        rows = self._parts.index_rows(path).sort_by(_STORED)
+        hidden = {place: rows_of for place, rows_of in self._hidden.items() if place[0] == path}
+        if not hidden:
+            return rows
+        pairs = zip(rows["row_group"].to_pylist(), rows["row"].to_pylist(), strict=True)
+        return rows.filter(pa.array([r not in hidden.get((path, g), ()) for g, r in pairs]))
 
-        Raises:
-            CacheFormatError: the bytes are damaged.
-            StorageError: the store cannot be read.
-        """
-        length = row.prefix_bytes(
-            place.tokens_length, num_tokens=place.num_tokens, keep_tokens=keep_tokens
-        )
-        return self.checked(
-            place,
-            self.store.read_range(place.path, place.tokens_offset, length),
-            self.store.read_range(place.path, place.aux_offset, place.aux_length),
-            keep_tokens,
-        )
-
-    def checked(
+    def read_batch(
         self,
-        place: RowPlace,
-        tokens: bytes | memoryview,
-        aux: bytes | memoryview,
+        places: Places,
         keep_tokens: int | None = None,
-    ) -> StoredTokens:
-        """Check that bytes are the row that the index means, and cut them.
+        *,
+        allocate: Allocate = _allocate,
+        pool: Executor | None = None,
+        damaged: DamagedRows | None = None,
+    ) -> RowBatch:
+        """Fetch and check several rows at once.
 
         Args:
-            place: of the row.
-            tokens: its first tokens, enough for `keep_tokens`.
-            aux: all of its aux.
-            keep_tokens: how many tokens are wanted; None for all.
+            places: of the rows.
+            keep_tokens: how many tokens are wanted of each; None for all.
+            allocate: returns so many bytes to read into.
+            pool: reads what lies apart in parallel; None for one after the other.
+            damaged: takes the rows that are damaged; None to raise an error about the first.
 
         Raises:
-            CacheFormatError: they are damaged, or another row.
+            CacheFormatError: the bytes of a row are damaged; names key, part and offset.
+            NotFoundError: a part is missing.
+            StorageError: the store cannot be read.
         """
-        where = f"{self.store.url}/{place.path} key {place.key!r}"
-        stored = row.unpack_row(
-            tokens, aux, tokens_length=place.tokens_length, keep_tokens=keep_tokens, where=where
-        )
-        row.check_is_indexed(
-            aux, num_tokens=place.num_tokens, aux_crc32c=place.aux_crc32c, where=where
-        )
-        return stored
+        try:
+            fetched = fetch_rows(
+                self.store, places, keep_tokens=keep_tokens, allocate=allocate, pool=pool
+            )
+        except CacheFormatError as err:  # a part is too short, for some of the rows
+            return self._read_each(places, keep_tokens, damaged, err)
+        return unpack_rows(fetched, keep_tokens=keep_tokens, url=self.store.url, damaged=damaged)
 
-    def read_many(
-        self, places: Sequence[RowPlace], keep_tokens: int | None = None
-    ) -> list[StoredTokens]:
-        """Fetch several rows at once; in parallel where the store is remote."""
-        if len(places) < 2 or self.store.local_path(places[0].path) is not None:
-            return [self.read_tokens(place, keep_tokens) for place in places]
-        with ThreadPoolExecutor(min(16, len(places))) as pool:
-            return list(pool.map(lambda place: self.read_tokens(place, keep_tokens), places))
+    def read_many(self, places: Places, keep_tokens: int | None = None) -> list[StoredTokens]:
+        """Fetch several rows at once, one by one in memory; in parallel where the store is remote.
+
+        Raises:
+            CacheFormatError: the bytes of a row are damaged; names key, part and offset.
+            StorageError: the store cannot be read.
+        """
+        batch = self.read_in_parallel(places, keep_tokens)
+        return [batch.stored(number) for number in range(len(batch))]
+
+    def read_in_parallel(self, places: Places, keep_tokens: int | None = None) -> RowBatch:
+        """Fetch and check several rows, by parallel requests where the store is remote."""
+        if len(places) < 2 or self.store.local_path("") is not None:
+            return self.read_batch(places, keep_tokens)
+        with ThreadPoolExecutor(min(THREADS, len(places))) as pool:
+            return self.read_batch(places, keep_tokens, pool=pool)
 
     def read_columns(self, place: RowPlace, columns: Sequence[str]) -> dict[str, Any]:
         """Return other columns of one row.
@@ -256,6 +257,24 @@ class SnapshotReader:
                 f"not key {place.key!r}"
             )
 
+    def check_keys(self, table: pa.Table, places: Places) -> None:
+        """Check that a row group holds rows where the index says.
+
+        Args:
+            table: the row group.
+            places: of rows in it.
+
+        Raises:
+            CacheFormatError: one of them is another.
+        """
+        rows = places.column("row")
+        if len(rows) and int(rows.max()) < len(table):
+            found = table["key"].take(pa.array(rows)).combine_chunks()
+            if found.equals(places.keys):
+                return
+        for place in places:
+            self.check_key(table, place)
+
     def scan(self, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
         """Yield every row group as a record batch, part by part; nothing is unpacked.
 
@@ -290,16 +309,26 @@ class SnapshotReader:
         expected = PartRecord(size=record["size"], footer_crc32c=record.get("footer_crc32c"))
         return self._groups.open_files.use(path, expected)
 
-    def _rows_of_part(self, path: str) -> pa.Table:
-        parsed = layout.parse_part_path(path)
-        if parsed is None:
-            raise CacheFormatError(f"{self.store.url}/{path} is not the path of a part")
-        shard_id, attempt, part = parsed
-        index = StoredTable(path=layout.index_path(shard_id, attempt))
-        groups = range(len(self._groups.starts(index, layout.INDEX_SCHEMA)) - 1)
-        pieces = [self._groups.group(index, group, layout.INDEX_SCHEMA) for group in groups]
-        rows = pa.concat_tables([layout.INDEX_SCHEMA.empty_table(), *pieces])
-        return rows.filter(pc.equal(rows["part"], part))
+    def _read_each(
+        self,
+        places: Places,
+        keep_tokens: int | None,
+        damaged: DamagedRows | None,
+        error: CacheFormatError,
+    ) -> RowBatch:
+        """Read rows one by one, after an error about one of them that does not say which."""
+        good = []
+        for number in range(len(places)):
+            one = places.slice(number, number + 1)
+            try:
+                fetched = fetch_rows(self.store, one, keep_tokens=keep_tokens, allocate=_allocate)
+                good.append(unpack_rows(fetched, keep_tokens=keep_tokens, url=self.store.url))
+            except CacheFormatError as err:
+                where = places.where(number, self.store.url)
+                if damaged is None:
+                    raise CacheFormatError(f"{where}: {err}") from error
+                damaged.found.append(DamagedRow.of(places.place(number), str(err)))
+        return joined(good) if good else of_stored(places.slice(0, 0), [])
 
     def _record_of(self, path: str) -> dict[str, Any]:
         """Return what the files table says of a part.
@@ -317,11 +346,6 @@ class SnapshotReader:
             raise NotFoundError(f"{self.store.url}: no part {path} in the snapshot")
         return dict(files.slice(number, 1).to_pylist()[0])
 
-    def _place(self, path: str, size: int, values: Mapping[str, Any]) -> RowPlace:
-        place = RowPlace(path=path, **values)
-        check_place(place, size, f"{self.store.url}/{path}")
-        return place
-
     @cached_property
     def _hidden(self) -> Mapping[tuple[str, int], set[int]]:
         """Rows that an equal key hides, by part and row group."""
@@ -333,7 +357,7 @@ class SnapshotReader:
         elif self.snapshot.num_duplicates:  # the first layout only leaves them out
             paths = self.files
             for path in paths:
-                for row in self._rows_of_part(path).select(["row_group", "row"]).to_pylist():
+                for row in self._parts.index_rows(path).select(["row_group", "row"]).to_pylist():
                     hidden[path, row["row_group"]].add(row["row"])
             for table in self.rows():
                 for row in table.select(["file", "row_group", "row"]).to_pylist():

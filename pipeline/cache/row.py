@@ -22,14 +22,15 @@ little-endian, for K tokens of a codec with A aux bytes a token and a head of H 
 import struct
 from dataclasses import dataclass
 
-import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.cache.checksum import crc32c
 from pipeline.errors import CacheFormatError
 from pipeline.types import PackedTokens, TileLayout
 
 BLOCK_TOKENS = 16
+LEAST_AUX_BYTES = 16  # header, what follows it, and the checksum: less is damaged
 _HEADER = struct.Struct("<BBHI")
 _TILES = struct.Struct("<8I")
 _HEAD_LENGTH = struct.Struct("<I")
@@ -78,20 +79,46 @@ def pack_aux(
             sizes.astype("<f4", copy=False).tobytes(),
             codec_aux,
             np.array(
-                [
-                    google_crc32c.value(tokens[start : start + block])
-                    for start in range(0, len(tokens), block)
-                ],
+                [crc32c(tokens[start : start + block]) for start in range(0, len(tokens), block)],
                 dtype="<u4",
             ).tobytes(),
         )
     )
-    return body + _CRC.pack(google_crc32c.value(body))
+    return body + _CRC.pack(crc32c(body))
+
+
+def headers(fields: NDArray[np.uint8]) -> tuple[NDArray[np.int64], ...]:
+    """Return what the first 8 bytes of aux say, of many rows at once.
+
+    Args:
+        fields: (B, 8).
+
+    Returns:
+        (B,) each: layout, aux bytes a token, tokens a checksum block, tokens.
+    """
+    widths = np.ascontiguousarray(fields[:, 2:4]).view("<u2").reshape(-1)
+    counts = np.ascontiguousarray(fields[:, 4:8]).view("<u4").reshape(-1)
+    found = (fields[:, 0], fields[:, 1], widths, counts)
+    return tuple(values.astype(np.int64) for values in found)
+
+
+def head_offsets(layouts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return where in aux the length of the head stands, or positions where there is none."""
+    return np.where(layouts == 3, _HEADER.size + _TILES.size, _HEADER.size)
+
+
+def tiles_of(aux: bytes | memoryview, *, where: str) -> TileLayout:
+    """Return the tiles of an intact row of layout 3.
+
+    Raises:
+        CacheFormatError: they cannot be.
+    """
+    return _unpack_tiles(bytes(aux[: _HEADER.size + _TILES.size]), _HEADER.size, where=where)
 
 
 def row_checksum(tokens: bytes | memoryview, aux: bytes | memoryview) -> int:
     """Return the crc32c of a whole row, tokens then aux."""
-    return int(google_crc32c.extend(google_crc32c.value(bytes(tokens)), bytes(aux)))
+    return crc32c(aux, crc32c(tokens))
 
 
 def prefix_bytes(tokens_length: int, *, num_tokens: int, keep_tokens: int | None) -> int:
@@ -172,7 +199,7 @@ def aux_body(aux: bytes | memoryview, *, where: str) -> bytes:
     if len(aux) < _HEADER.size + _CRC.size:
         raise CacheFormatError(f"{where}: aux has only {len(aux)} bytes; the file is damaged")
     body = aux[: -_CRC.size]
-    if google_crc32c.value(body) != aux_checksum(aux):
+    if crc32c(body) != aux_checksum(aux):
         raise CacheFormatError(f"{where}: aux does not match its checksum; the file is damaged")
     return body
 
@@ -235,7 +262,7 @@ def _check_blocks(
         raise CacheFormatError(f"{where}: {len(tokens)} bytes of tokens where {needed} are needed")
     for number in range(-(-needed // block)):
         start = number * block
-        if google_crc32c.value(bytes(tokens[start : start + block])) != crcs[number]:
+        if crc32c(tokens[start : start + block]) != crcs[number]:
             raise CacheFormatError(
                 f"{where}: tokens do not match their checksum in block {number} "
                 f"(bytes {start} to {start + block} of the row); the file is damaged"

@@ -3,8 +3,9 @@
 import itertools
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any, TypeVar, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,16 +15,17 @@ from pipeline.cache.open_parts import OpenParts, PartRecord
 from pipeline.cache.snapshot_record import StoredTable
 from pipeline.storage import Store
 
+T = TypeVar("T")
 Bounds = Sequence[tuple[str | None, str | None]]
 
-_MAX_ROWS = 1 << 20  # kept; about 100 bytes each
+_MAX_ROWS = 1 << 19  # kept; about 200 bytes each
 
 
 class RowGroups:
     """Reads tables of a cache by row group. Safe to use from many threads.
 
     Of an index that was read from, the first and last key of its row groups stay in memory: some
-    200 bytes for each 4,096 rows. Of the rows themselves at most 2^20 do, of all tables together.
+    200 bytes for each 4,096 rows. Of the rows themselves at most 2^19 do, of all tables together.
 
     All methods raise `CacheFormatError` where a table is damaged or not of the schema asked for,
     `NotFoundError` where it is missing, and `StorageError` where the store cannot be read.
@@ -39,7 +41,7 @@ class RowGroups:
         self.open_files = OpenParts(store)
         self._bounds: dict[str, Bounds] = {}
         self._starts: dict[str, Sequence[int]] = {}
-        self._kept: OrderedDict[tuple[str, int], pa.Table] = OrderedDict()
+        self._kept: OrderedDict[tuple[str, int], tuple[Any, int]] = OrderedDict()
         self._num_kept = 0
         self._lock = threading.Lock()
 
@@ -55,34 +57,49 @@ class RowGroups:
         return self._starts[table.path]
 
     def bounds(self, index: StoredTable) -> Bounds:
-        """Return the first and last key of each row group of an index; None where not known."""
+        """Return the first and last key of each row group; None of all if any is not known."""
         if index.path in self.tables:
             return [(None, None)]
         if index.path not in self._bounds:
             with self._open(index, layout.SEGMENT_SCHEMA) as file:
                 column = file.schema_arrow.get_field_index("key")
                 groups = [file.metadata.row_group(g) for g in range(file.num_row_groups)]
-                self._bounds[index.path] = [_bounds_of(group.column(column)) for group in groups]
+                bounds = [_bounds_of(group.column(column)) for group in groups]
+            is_known = all(first is not None and last is not None for first, last in bounds)
+            self._bounds[index.path] = bounds if is_known else [(None, None)] * len(bounds)
         return self._bounds[index.path]
 
-    def group(self, table: StoredTable, number: int, schema: pa.Schema) -> pa.Table:
-        """Return a row group, and keep it."""
-        if table.path in self.tables:
-            return self.tables[table.path]
+    def group(
+        self, table: StoredTable, number: int, schema: pa.Schema, parse: Callable[[pa.Table], T]
+    ) -> T:
+        """Return what is made of a row group, and keep it.
+
+        Args:
+            table: that it is of.
+            number: of the row group.
+            schema: of the table.
+            parse: makes it; the same function for all row groups of one table.
+        """
         place = (table.path, number)
         with self._lock:
             kept = self._kept.get(place)
             if kept is not None:
                 self._kept.move_to_end(place)
-                return kept
+                return cast("T", kept[0])
         rows = self.some(table, [number], schema).combine_chunks()
+        parsed = parse(rows)
         with self._lock:
             if place not in self._kept:
-                self._kept[place] = rows
+                self._kept[place] = (parsed, rows.num_rows)
                 self._num_kept += rows.num_rows
             while self._num_kept > _MAX_ROWS and len(self._kept) > 1:
-                self._num_kept -= self._kept.popitem(last=False)[1].num_rows
-        return rows
+                self._num_kept -= self._kept.popitem(last=False)[1][1]
+        return parsed
+
+    def is_kept(self, table: StoredTable, number: int) -> bool:
+        """Tell whether a row group is in memory."""
+        with self._lock:
+            return table.path in self.tables or (table.path, number) in self._kept
 
     def some(self, table: StoredTable, numbers: Sequence[int], schema: pa.Schema) -> pa.Table:
         """Return columns of some row groups; they are not kept."""

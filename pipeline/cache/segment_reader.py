@@ -1,10 +1,10 @@
 """Read one segment: its rows of a key, of many keys, or all in order."""
 
 import bisect
-import itertools
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,14 +13,24 @@ from numpy.typing import NDArray
 
 from pipeline.cache import layout
 from pipeline.cache.fetch import in_order
+from pipeline.cache.index_group import IndexGroup
+from pipeline.cache.places import NUMBERS
 from pipeline.cache.row_groups import RowGroups
-from pipeline.cache.snapshot_record import IndexFile, Segment, StoredTable
-from pipeline.cache.sorted_rows import position
+from pipeline.cache.snapshot_record import IndexFile, Segment
 from pipeline.errors import CacheFormatError
 
 _FOR_HIDDEN = pa.schema(
     [layout.SEGMENT_SCHEMA.field(n) for n in ("key", "file", "row_group", "row", "num_tokens")]
 )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class IndexedFile:
+    """What a files table says of one part, as far as a reader by key needs it."""
+
+    path: str
+    size: int  # bytes
+    shard: str
 
 
 class SegmentReader:
@@ -36,18 +46,33 @@ class SegmentReader:
         self.segment = segment
         self._dropped = {number for files in segment.dropped.values() for number in files}
 
-    def find(self, key: str) -> list[tuple[pa.Table, int]]:
-        """Return the rows of a key, each as a table and a number in it."""
-        found = []
-        for index, group in self._candidates(key):
-            table = self.groups.group(index, group, layout.SEGMENT_SCHEMA)
-            keys = table["key"]
-            number = position(keys, key, after=False)
-            while number < len(keys) and keys[number].as_py() == key:
-                if table["file"][number].as_py() not in self._dropped:
-                    found.append((table, number))
-                number += 1
-        return found
+    def find(self, keys: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Look for keys; what is not in memory is read in parallel.
+
+        Args:
+            keys: in any order.
+
+        Returns:
+            (F,) which key each row found is of, and (F, C) its numbers as in `Places`, with the
+            number of its file for the path. A key may have several rows.
+        """
+        wanted: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for number, key in enumerate(keys):
+            for candidate in self._candidates(key):
+                wanted[candidate].append(number)
+        asked: list[int] = []
+        rows = [np.empty((0, len(NUMBERS) + 1), np.int64)]
+        self._load(wanted)
+        for place, numbers in wanted.items():
+            group = self._group(place)
+            found = [(number, row) for number in numbers for row in group.rows_of(keys[number])]
+            asked += [number for number, _ in found]
+            rows.append(group.numbers[[row for _, row in found]])
+        at, numbers_found = np.array(asked, np.int64), np.concatenate(rows)
+        if not self._dropped:
+            return at, numbers_found
+        seen = ~np.isin(numbers_found[:, 0], sorted(self._dropped))
+        return at[seen], numbers_found[seen]
 
     def rows_of(self, keys: Sequence[str]) -> pa.Table:
         """Return the rows of many keys as `layout.HIDDEN_SCHEMA`, by key.
@@ -87,15 +112,15 @@ class SegmentReader:
         """Its files table; the number of a file is its place in it."""
         return self.groups.whole(self.segment.files, layout.FILES_SCHEMA)
 
-    def file_of(self, number: int) -> dict[str, Any]:
+    def file_of(self, number: int) -> IndexedFile:
         """Return what the files table says of a file; reads one row group of it at most."""
         table = self.segment.files
         starts = self.groups.starts(table, layout.FILES_SCHEMA)
         if not 0 <= number < starts[-1]:
             raise self._no_such_file(number, starts[-1])
         group = bisect.bisect_right(starts, number) - 1
-        files = self.groups.group(table, group, layout.FILES_SCHEMA)
-        return dict(files.slice(number - starts[group], 1).to_pylist()[0])
+        files = self.groups.group(table, group, layout.FILES_SCHEMA, _parse_files)
+        return files[number - starts[group]]
 
     def _no_such_file(self, number: int, count: int) -> CacheFormatError:
         return CacheFormatError(
@@ -113,15 +138,38 @@ class SegmentReader:
                 found += [rows] if rows.num_rows else []
         return found
 
-    def _candidates(self, key: str) -> Iterator[tuple[StoredTable, int]]:
-        """Yield the row groups that may hold a key."""
+    def _candidates(self, key: str) -> Iterator[tuple[int, int]]:
+        """Yield the index files and row groups that may hold a key."""
         start = bisect.bisect_left(self._last_keys, key)
-        for file in itertools.islice(self.segment.index, start, None):
+        for number in range(start, len(self.segment.index)):
+            file = self.segment.index[number]
             if file.first is not None and file.first > key:
                 return
-            for group, (first, last) in enumerate(self.groups.bounds(file.table)):
-                if _within([key], first, last):
-                    yield file.table, group
+            bounds = self.groups.bounds(file.table)
+            # Where the last key of one is not known, all are looked into.
+            known = bounds[-1:] and bounds[0][1] is not None
+            first = bisect.bisect_left(bounds, key, key=_last_of) if known else 0
+            for group in range(first, len(bounds)):
+                lowest, highest = bounds[group]
+                if lowest is not None and lowest > key:
+                    break
+                if highest is None or highest >= key:
+                    yield number, group
+
+    def _load(self, places: Collection[tuple[int, int]]) -> None:
+        """Read row groups that are not in memory, at once where the store is remote."""
+        if self.groups.store.local_path("") is not None:
+            return
+        tables = [(self.segment.index[file].table, group) for file, group in places]
+        missing = [p for p, t in zip(places, tables, strict=True) if not self.groups.is_kept(*t)]
+        if len(missing) > 1:
+            for _ in in_order(self._group, missing):
+                pass
+
+    def _group(self, place: tuple[int, int]) -> IndexGroup:
+        file, group = place
+        table = self.segment.index[file].table
+        return self.groups.group(table, group, layout.SEGMENT_SCHEMA, IndexGroup.parse)
 
     @cached_property
     def _last_keys(self) -> list[str]:
@@ -139,6 +187,15 @@ class SegmentReader:
             return table
         dropped = pc.is_in(table["file"], value_set=pa.array(sorted(self._dropped), pa.int32()))
         return table.filter(pc.invert(dropped))
+
+
+def _parse_files(files: pa.Table) -> list[IndexedFile]:
+    columns = (files[name].to_pylist() for name in ("path", "size", "shard"))
+    return [IndexedFile(path=p, size=n, shard=s) for p, n, s in zip(*columns, strict=True)]
+
+
+def _last_of(bounds: tuple[str | None, str | None]) -> str:
+    return bounds[1] or ""
 
 
 def place_rows(rows: pa.Table, files: pa.Table) -> pa.Table:

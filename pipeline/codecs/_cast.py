@@ -45,4 +45,4 @@ class CastCodec(Codec):
     ) -> Tensor:
         """Join the images' codes and convert them on `device`; see `Codec.unpack`."""
         codes, _ = join(packed, dtype=self.stored, aux_bytes=self.aux_bytes)
-        return codes.to(device).to(dtype)
+        return codes.to(device, non_blocking=True).to(dtype)

@@ -97,7 +97,7 @@ class ChannelCodec(Codec):
         check_finite(scale_BD, "the scales of channels")
         scale_BD = scale_BD.to(device).float()
         affine_K2, image_K = token_numbers(joined, device)
-        rows_KT = joined.rows.to(device)
+        rows_KT = joined.rows.to(device, non_blocking=True)
         features_KD = torch.empty((len(rows_KT), joined.width), dtype=dtype, device=rows_KT.device)
         for part in chunks(features_KD):
             codes_KD = unpack_codes(rows_KT[part], self.bits, width=joined.width)

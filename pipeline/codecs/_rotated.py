@@ -128,7 +128,7 @@ class RotatedCodec(Codec):
         joined = join_rows(self, packed, width_of=self._width_of)
         scale_K = torch.frombuffer(joined.aux, dtype=torch.float32)
         _check_scales(scale_K)
-        bytes_KT, scale_K = joined.rows.to(device), scale_K.to(device)
+        bytes_KT, scale_K = joined.rows.to(device, non_blocking=True), scale_K.to(device)
         shape = (len(bytes_KT), joined.width)
         features_KD = torch.empty(shape, dtype=dtype, device=bytes_KT.device)
         filled = joined.width + _padding(joined.width, self.bits)

@@ -119,8 +119,7 @@ def join(
     _check_any(packed)
     widths = [_width(image, i, dtype.itemsize, aux_bytes) for i, image in enumerate(packed)]
     _check_widths(widths)
-    # A bytearray, not bytes: torch warns about memory it must not write to.
-    codes = torch.frombuffer(bytearray().join(image.tokens for image in packed), dtype=dtype)
+    codes = torch.frombuffer(_joined_tokens(packed), dtype=dtype)
     return codes.view(-1, widths[0]), bytearray().join(image.aux for image in packed)
 
 
@@ -154,7 +153,7 @@ def join_rows(
             )
         _check_aux(image, index, codec.aux_bytes)
     _check_widths(widths)
-    joined = torch.frombuffer(bytearray().join(i.tokens for i in packed), dtype=torch.uint8)
+    joined = torch.frombuffer(_joined_tokens(packed), dtype=torch.uint8)
     counts = [image.num_tokens for image in packed]
     return JoinedRows(
         rows=joined.view(sum(counts), -1),
@@ -162,6 +161,15 @@ def join_rows(
         counts=counts,
         width=widths[0],
     )
+
+
+def _joined_tokens(packed: Sequence[PackedTokens]) -> bytearray | memoryview:
+    """Return the codes of all images; those of one image that may be written to are not copied."""
+    tokens = packed[0].tokens
+    if len(packed) == 1 and isinstance(tokens, memoryview) and not tokens.readonly:
+        return tokens
+    # A bytearray, not bytes: torch warns about memory it must not write to.
+    return bytearray().join(image.tokens for image in packed)
 
 
 def check_finite(values: Tensor, what: str) -> None:

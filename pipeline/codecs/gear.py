@@ -210,7 +210,7 @@ class Gear(Codec):
         joined = join_rows(self, packed, width_of=self._width_of)
         right_BRD = self._right_factors(packed, joined.width).to(device).float()
         self._check_tokens(joined)
-        rows_KT, image_K = joined.rows.to(device), joined.images().to(device)
+        rows_KT, image_K = joined.rows.to(device, non_blocking=True), joined.images().to(device)
         features_KD = torch.empty((len(rows_KT), joined.width), dtype=dtype, device=rows_KT.device)
         for part in chunks(features_KD):
             *plain, left_KR = self._split(rows_KT[part], joined.width)

@@ -105,7 +105,7 @@ class Int8(Codec):
         codes_KD, aux = join(packed, dtype=torch.int8, aux_bytes=self.aux_bytes)
         scale_K = torch.frombuffer(aux, dtype=torch.float32)
         _check_scales(scale_K)
-        codes_KD, scale_K = codes_KD.to(device), scale_K.to(device)
+        codes_KD, scale_K = codes_KD.to(device, non_blocking=True), scale_K.to(device)
         features_KD = torch.empty(codes_KD.shape, dtype=dtype, device=codes_KD.device)
         for part in chunks(codes_KD):
             features_KD[part] = self._restore(codes_KD[part], scale_K[part]).t()

@@ -134,7 +134,7 @@ class Mixed(Codec):
         scale_BD = self._scales_of(packed).to(device).float()
         high_ST, before = self._high_bits_of(packed, width)
         affine_K2, image_K = token_numbers(joined, device)
-        rows_KT, high_ST = joined.rows.to(device), high_ST.to(device)
+        rows_KT, high_ST = joined.rows.to(device, non_blocking=True), high_ST.to(device)
         features_KD = torch.empty((len(rows_KT), width), dtype=dtype, device=rows_KT.device)
         for part in chunks(features_KD):
             codes_KD = unpack_codes(rows_KT[part], self.low_bits, width=width)

@@ -223,15 +223,13 @@ class _Maker:
     ) -> Iterator[RowToWrite]:
         """Yield the prefixes of a row group of the cache, and count them."""
         reader = self.cache.reader
-        places = reader.places_in(path, group)
-        hashes = reader.read_row_group(places[0], ["content_hash"])
+        places = reader.part_rows(path).group(group)
+        hashes = reader.read_row_group(places.place(0), ["content_hash"])
         for start in range(0, len(places), self.batch_size):
-            batch = places[start : start + self.batch_size]
-            stored = reader.read_many(batch, self.cache.keep_tokens)
-            images = unpack_images(self.cache.codec, batch, stored)
-            counts["bytes_in"] += sum(
-                len(s.tokens) + p.aux_length for s, p in zip(stored, batch, strict=True)
-            )
+            batch = places.slice(start, min(start + self.batch_size, len(places)))
+            rows = reader.read_in_parallel(batch, self.cache.keep_tokens)
+            images = unpack_images(self.cache.codec, rows)
+            counts["bytes_in"] += len(rows.tokens) + int(batch.column("aux_length").sum())
             for place, prefix in zip(batch, self.make(images), strict=True):
                 reader.check_key(hashes, place)
                 counts["images"] += 1

@@ -10,7 +10,6 @@ from typing import Any
 
 import pyarrow.parquet as pq
 from PIL import Image
-from torch.utils.data import DataLoader
 
 from pipeline.cache import layout
 from pipeline.cache.commit import Commit, read_commits, select_current
@@ -102,21 +101,22 @@ def _read_rejected(store: Store, commit: Commit) -> Iterator[RejectedSample]:
 
 def _read_rows(cache: CarvedCache) -> Iterator[_Row]:
     """Go through the whole cache as training does."""
-    dataset = CarvedDataset(cache, columns=("txt", "json"))
-    loader = DataLoader(dataset, batch_size=64, collate_fn=dataset.collate)
-    for batch in loader:
+    dataset = CarvedDataset(cache, batch_size=64, columns=("txt", "json"))
+    for batch in dataset:
         yield from _rows_of(batch)
 
 
 def _rows_of(batch: Batch) -> Iterator[_Row]:
     captions, about = batch.columns["txt"], batch.columns["json"]
-    for row, image, caption, text in zip(batch.rows, batch.images(), captions, about, strict=True):
+    for place, image, caption, text in zip(
+        batch.places, batch.images(), captions, about, strict=True
+    ):
         asked = json.loads(text).get("questions", [])
         yield _Row(
             image=image,
             caption=caption,
             questions=asked[:: max(1, len(asked) // _QUESTIONS_PER_IMAGE)][:_QUESTIONS_PER_IMAGE],
-            bytes_stored=row.place.tokens_length + row.place.aux_length,
+            bytes_stored=place.tokens_length + place.aux_length,
         )
 
 

@@ -7,7 +7,9 @@ import numpy as np
 import torch
 
 from pipeline.cache import row
-from pipeline.cache.reader import RowPlace
+from pipeline.cache.places import Places
+from pipeline.cache.row_batch import of_stored
+from pipeline.cache.row_place import RowPlace
 from pipeline.carved_cache import CachedImage, unpack_images
 from pipeline.codecs import Codec
 from pipeline.types import CarvedTokens
@@ -53,7 +55,7 @@ def store(carved: CarvedTokens, codec: Codec, *, num_source: int) -> StoredRow:
         sizes=carved.sizes.cpu().numpy()[order].astype(np.float32),
     )
     return StoredRow(
-        tokens=packed.tokens, aux=aux, num_tokens=packed.num_tokens, num_source=num_source
+        tokens=bytes(packed.tokens), aux=aux, num_tokens=packed.num_tokens, num_source=num_source
     )
 
 
@@ -84,8 +86,8 @@ def read_back(
         )
         for one, keep in zip(rows, keep_tokens, strict=True)
     ]
-    places = [_place(one) for one in rows]
-    return unpack_images(codec, places, stored, device=device, dtype=dtype)
+    batch = of_stored(Places.of([_place(one) for one in rows]), stored)
+    return unpack_images(codec, batch, device=device, dtype=dtype)
 
 
 def _place(stored: StoredRow) -> RowPlace:

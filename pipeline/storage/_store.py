@@ -9,7 +9,7 @@ import os
 import shutil
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO, TypeVar
 
@@ -110,6 +110,22 @@ class Store:
             return data
 
         return self._try("read", path, read) if length else b""
+
+    def read_into(self, path: str, offset: int, views: Sequence[memoryview]) -> None:
+        """Fill buffers one after the other with the bytes from `offset` on."""
+        length = sum(len(v) for v in views)
+        if self._backend.is_local:
+            with open(self._full(path), "rb") as f:
+                place = offset
+                for i in range(0, len(views), 1000):
+                    place += os.preadv(f.fileno(), views[i : i + 1000], place)
+                if place != offset + length:
+                    raise StorageError(f"cannot read {self.url_of(path)}: too short")
+            return
+        data = memoryview(self.read_range(path, offset, length))
+        for v in views:
+            v[:] = data[: len(v)]
+            data = data[len(v) :]
 
     def put(self, path: str, data: bytes) -> None:
         """Create or replace an object."""

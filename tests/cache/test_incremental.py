@@ -125,7 +125,7 @@ class World:
         stored = [
             place
             for file, group, count in zip(files, groups, rows, strict=True)
-            for place in [reader.places_in(reader.files[file], int(group))]
+            for place in [list(reader.part_rows(reader.files[file]).group(int(group)))]
             if len(place) == count or pytest.fail("a row group has another number of rows")
         ]
         assert sorted(p.key for some in stored for p in some) == sorted(places)
@@ -298,7 +298,7 @@ def test_a_snapshot_of_the_first_layout_is_read_and_grows(first_layout: Counting
     stored = [
         place
         for file, group, _ in zip(*reader.row_groups(), strict=True)
-        for place in reader.places_in(reader.files[file], int(group))
+        for place in reader.part_rows(reader.files[file]).group(int(group))
     ]
     assert stored == [places[key] for key in ("k0", "k1", "k2", "k3")]
     commit_rows(store, "c", [make_row("k00"), make_row("k3")])

@@ -36,7 +36,7 @@ def test_keys_of_all_shards_are_sorted_and_found(store: Store) -> None:
 
     assert list(reader.keys()) == [f"k{i}" for i in range(1, 6)]
     for i in range(1, 6):
-        stored = reader.read_tokens(reader.find(f"k{i}"))
+        (stored,) = reader.read_many(reader.find_many([f"k{i}"]))
         assert stored.tokens == make_row(f"k{i}", seed=i).packed.tokens
 
 
@@ -78,7 +78,8 @@ def test_of_two_equal_keys_the_shard_that_sorts_first_keeps_it(store: Store) -> 
     reader = SnapshotReader(store=store, snapshot=snapshot)
     assert list(reader.keys()) == ["other", "same"]
     assert snapshot.duplicates == (("same", "b"),)
-    assert reader.read_tokens(reader.find("same")).tokens == make_row("", seed=3).packed.tokens
+    (stored,) = reader.read_many(reader.find_many(["same"]))
+    assert stored.tokens == make_row("", seed=3).packed.tokens
 
 
 def test_a_cache_of_empty_shards_has_an_empty_snapshot(store: Store) -> None:

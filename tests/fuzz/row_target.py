@@ -8,7 +8,9 @@ import numpy as np
 
 from pipeline import codecs
 from pipeline.cache import row
-from pipeline.cache.reader import RowPlace
+from pipeline.cache.places import Places
+from pipeline.cache.row_batch import of_stored
+from pipeline.cache.row_place import RowPlace
 from pipeline.carved_cache import unpack_images
 from pipeline.types import TileLayout
 from tests.cache.rows import (
@@ -76,7 +78,7 @@ class RowTarget(Target):
             **{"tokens_offset": 4, "tokens_length": len(tokens)},
             **{"aux_offset": 4, "aux_length": len(aux)},
         )
-        (image,) = unpack_images(codec, [place], [stored])
+        (image,) = unpack_images(codec, of_stored(Places.of([place]), [stored]))
         kept = count if keep is None else min(keep, count)
         expect(image.features.shape[0] == len(image.positions) == kept, "number of tokens")
         expect(image.features.numel() < 1 << 20, f"features of {tuple(image.features.shape)}")

@@ -1,0 +1,122 @@
+"""Places of the rows of each part, the parts used last kept in memory."""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from pipeline.cache import layout
+from pipeline.cache.places import Places
+from pipeline.cache.row_groups import RowGroups
+from pipeline.cache.snapshot_record import StoredTable
+from pipeline.errors import CacheFormatError
+
+_MAX_ROWS = 1 << 19  # kept; about 150 bytes each with its key
+_ORDER = [("part", "ascending"), ("row_group", "ascending"), ("row", "ascending")]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PartRows:
+    """The rows of one part in the order they are stored, without those that an equal key hides."""
+
+    places: Places
+    starts: NDArray[np.int64]  # of each row group among them, and their number at the end
+
+    def group(self, row_group: int) -> Places:
+        """Return the rows of one row group; none where it is beyond the last."""
+        if row_group >= len(self.starts) - 1:
+            return self.places.slice(0, 0)
+        return self.places.slice(int(self.starts[row_group]), int(self.starts[row_group + 1]))
+
+
+class PartPlaces:
+    """Gives the rows of parts by the index of their attempt. Safe to use from many threads.
+
+    At most 2^19 rows, or those of one attempt where it has more, stay in memory.
+
+    Args:
+        groups: reads the indexes.
+        hidden: returns numbers of rows that are left out, by part and row group.
+    """
+
+    def __init__(
+        self, groups: RowGroups, hidden: Callable[[], Mapping[tuple[str, int], set[int]]]
+    ) -> None:
+        self._groups = groups
+        self._hidden = hidden
+        self._kept: OrderedDict[str, Mapping[str, PartRows]] = OrderedDict()
+        self._num_kept: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def part(self, path: str, size: int) -> PartRows:
+        """Return the rows of one part.
+
+        Args:
+            path: of the part.
+            size: of the part, in bytes.
+
+        Raises:
+            CacheFormatError: the index is damaged.
+            NotFoundError: there is no index beside it.
+            StorageError: the store cannot be read.
+        """
+        parsed = layout.parse_part_path(path)
+        if parsed is None:
+            raise CacheFormatError(f"{self._groups.store.url}/{path} is not the path of a part")
+        shard_id, attempt, number = parsed
+        index = layout.index_path(shard_id, attempt)
+        with self._lock:
+            kept = self._kept.get(index)
+            if kept is not None:
+                self._kept.move_to_end(index)
+        if kept is not None and path in kept:
+            return kept[path]
+        rows = self._index_rows(index)
+        found = self._part_rows(rows.filter(pc.equal(rows["part"], number)), path, size)
+        self._keep(index, {**(kept or {}), path: found})
+        return found
+
+    def index_rows(self, path: str) -> pa.Table:
+        """Return what the index of its attempt says of one part, hidden rows too; not kept."""
+        parsed = layout.parse_part_path(path)
+        if parsed is None:
+            raise CacheFormatError(f"{self._groups.store.url}/{path} is not the path of a part")
+        shard_id, attempt, number = parsed
+        rows = self._index_rows(layout.index_path(shard_id, attempt))
+        return rows.filter(pc.equal(rows["part"], number))
+
+    def _index_rows(self, path: str) -> pa.Table:
+        return self._groups.whole(StoredTable(path=path), layout.INDEX_SCHEMA)
+
+    def _part_rows(self, rows: pa.Table, path: str, size: int) -> PartRows:
+        rows = rows.sort_by(_ORDER)
+        url = self._groups.store.url
+        places = Places.of_index(rows, path, size, url)
+        row_group, row = places.column("row_group"), places.column("row")
+        count = int(row_group[-1]) + 1 if len(places) else 0
+        if count > len(places):  # every row group has a row
+            raise CacheFormatError(
+                f"{url}/{path}: its index names row group {count - 1}; it is damaged"
+            )
+        known = self._hidden()
+        hidden = {g: known[path, g] for g in range(count) if known.get((path, g))}
+        if hidden:
+            pairs = zip(row_group.tolist(), row.tolist(), strict=True)
+            seen = np.array([r not in hidden.get(g, ()) for g, r in pairs], np.bool_)
+            places = places.take(np.flatnonzero(seen))
+            row_group = places.column("row_group")
+        return PartRows(places=places, starts=np.searchsorted(row_group, np.arange(count + 1)))
+
+    def _keep(self, index: str, parts: Mapping[str, PartRows]) -> None:
+        with self._lock:
+            self._kept[index] = parts
+            self._kept.move_to_end(index)
+            self._num_kept[index] = sum(len(part.places) for part in parts.values())
+            while sum(self._num_kept.values()) > _MAX_ROWS and len(self._kept) > 1:
+                oldest, _ = self._kept.popitem(last=False)
+                del self._num_kept[oldest]

@@ -1,0 +1,73 @@
+"""Memory to read into, used again: fresh pages cost several times what reading into them does."""
+
+import mmap
+import threading
+import weakref
+from collections import deque
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+_PAGE = 2 << 20  # bytes of a huge page on x86-64 and, as a rule, on ARM
+
+
+class BufferPool:
+    """Gives out arrays of bytes; one comes back when nothing refers to it any more.
+
+    So whoever holds an array, or a view or tensor of one, holds it for good. Safe to use from many
+    threads. What is free stays mapped, at most as much as was in use at once.
+    """
+
+    def __init__(self) -> None:
+        self._free: list[mmap.mmap] = []
+        # Arrays may die at any time, in the middle of `take` too: no lock there, only a queue.
+        self._returned: deque[mmap.mmap] = deque()
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[type["BufferPool"], tuple[()]]:
+        """Travel to another process without memory."""
+        return BufferPool, ()
+
+    def take(self, num_bytes: int) -> NDArray[np.uint8]:
+        """Return (num_bytes,) of no particular content."""
+        region = self._region(max(1, num_bytes))
+        array = np.frombuffer(region, np.uint8)
+        # Views and tensors of the array refer to it, since what it stands on is no array.
+        weakref.finalize(array, self._returned.append, region).atexit = False
+        return array[:num_bytes]
+
+    def _region(self, num_bytes: int) -> mmap.mmap:
+        with self._lock:
+            while self._returned:
+                self._free.append(self._returned.popleft())
+            fits = [r for r in self._free if num_bytes <= len(r) <= 2 * num_bytes + _PAGE]
+            if fits:
+                best = min(fits, key=len)
+                self._free.remove(best)
+                return best
+            if self._free:  # of sizes that are not asked for any more
+                self._free.pop(0)
+        size = -(-num_bytes // _PAGE) * _PAGE
+        region = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            region.madvise(mmap.MADV_HUGEPAGE)
+        return region
+
+
+def shared_memory(num_bytes: int) -> NDArray[np.uint8]:
+    """Return (num_bytes,) in shared memory, so that what is read there goes to another process."""
+    storage = torch.UntypedStorage._new_shared(max(1, num_bytes))  # type: ignore[no-untyped-call]
+    return torch.empty(0, dtype=torch.uint8).set_(storage).numpy()[:num_bytes]
+
+
+def tensor_of(values: NDArray[np.uint8]) -> Tensor:
+    """Return bytes as a tensor, one of the shared memory that they lie in if they do."""
+    base = values.base
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if not isinstance(base, Tensor):
+        return torch.from_numpy(values)
+    offset = values.ctypes.data - base.data_ptr()
+    return base.view(-1)[offset : offset + len(values)]

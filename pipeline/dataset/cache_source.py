@@ -1,0 +1,180 @@
+"""The rows of one cache in the order of an epoch."""
+
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.cache import layout
+from pipeline.cache.fetched_rows import DamagedRows
+from pipeline.cache.places import Places
+from pipeline.cache.row_fetch import Allocate, wanted_bytes
+from pipeline.carved_cache import CarvedCache
+from pipeline.codecs import Codec
+from pipeline.dataset.columns import Columns
+from pipeline.dataset.joined_columns import JoinedColumns
+from pipeline.dataset.loaded_rows import LoadedRows
+from pipeline.dataset.order import EpochOrder
+from pipeline.dataset.selection import Filters, Selection, select_rows
+
+Numbers = NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Shuffle:
+    """How an epoch is shuffled; see `EpochOrder`."""
+
+    seed: int
+    window: int
+    lanes: int
+    lane_rows: int
+    shuffle: bool
+
+
+@dataclass(kw_only=True, eq=False)
+class CacheSource:
+    """Gives rows of a cache by their position in an epoch. Safe to use from many threads.
+
+    Attributes:
+        cache: opened, with the number of tokens that are wanted.
+        shuffle: the order.
+        columns: of the cache, that are wanted with the rows.
+        join: further columns; None for none.
+        filters: that rows must pass; None for all rows.
+        skip_damaged: leave damaged rows out, instead of raising an error.
+    """
+
+    cache: CarvedCache
+    shuffle: Shuffle
+    columns: Sequence[str] = ()
+    join: JoinedColumns | None = None
+    filters: Filters | None = None
+    skip_damaged: bool = False
+    _selection: Selection | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.filters is not None:
+            self._selection = select_rows(self.cache.reader, self.filters)
+        self._columns = Columns(self.cache.reader, self.columns)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Travel to another process without what can be computed again."""
+        left = ("_order", "_groups")
+        return {name: value for name, value in self.__dict__.items() if name not in left}
+
+    @property
+    def codec(self) -> Codec:
+        """Of the cache."""
+        return self.cache.codec
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the cache lies in the machine's own file system."""
+        return self.cache.reader.store.local_path("") is not None
+
+    def identity(self) -> dict[str, Any]:
+        """Return what tells this order of rows from any other, as JSON."""
+        snapshot = self.cache.reader.snapshot
+        shuffle = self.shuffle
+        return {
+            "snapshot": snapshot.number,
+            "rows": snapshot.num_rows,
+            "fingerprint": self.cache.identity.get("fingerprint"),
+            "seed": shuffle.seed,
+            "shuffle": [shuffle.shuffle, shuffle.window, shuffle.lanes, shuffle.lane_rows],
+            "filters": None if self.filters is None else layout.fingerprint(repr(self.filters)),
+        }
+
+    def length(self, epoch: int) -> int:
+        """Return how many rows an epoch has."""
+        return len(self._order_of(epoch))
+
+    def places(self, epoch: int, positions: Numbers) -> Places:
+        """Return where the rows at some positions lie."""
+        numbers, rows = self._order_of(epoch).rows(positions)
+        files, groups, _ = self._groups
+        if self._selection is not None:
+            rows = self._selection.visible(numbers, rows)
+        reader, paths = self.cache.reader, self._paths
+        pieces: list[Places] = []
+        order = np.argsort(files[numbers], kind="stable")
+        cuts = np.flatnonzero(np.diff(files[numbers[order]])) + 1
+        for mine in np.split(order, cuts) if len(order) else []:
+            part = reader.part_rows(paths[files[numbers[mine[0]]]])
+            pieces.append(part.places.take(part.starts[groups[numbers[mine]]] + rows[mine]))
+        found = Places.joined(pieces)
+        is_sorted = bool((np.diff(order) == 1).all())
+        return found if is_sorted else found.take(np.argsort(order, kind="stable"))
+
+    def num_tokens(self, places: Places) -> Numbers:
+        """Return how many tokens each row gives."""
+        counts, keep = places.column("num_tokens"), self.cache.keep_tokens
+        return counts if keep is None else np.minimum(counts, keep)
+
+    def sizes(self, places: Places) -> Numbers:
+        """Return how many bytes are fetched of each row."""
+        return wanted_bytes(places, self.cache.keep_tokens) + places.column("aux_length")
+
+    def boundaries(self, epoch: int, positions: Numbers) -> Numbers:
+        """Return a number for each position that is the same for rows that lie together."""
+        return self._order_of(epoch).boundaries(positions)
+
+    def load(self, places: Places, allocate: Allocate, pool: Executor | None) -> LoadedRows:
+        """Load rows.
+
+        Args:
+            places: of the rows, as `places` gave them.
+            allocate: returns memory to read into.
+            pool: reads in parallel what lies apart; None for one after the other.
+
+        Raises:
+            CacheFormatError: a row is damaged, and damaged rows are not left out.
+            StorageError: the store cannot be read.
+        """
+        damaged = DamagedRows() if self.skip_damaged else None
+        rows = self.cache.reader.read_batch(
+            places, self.cache.keep_tokens, allocate=allocate, pool=pool, damaged=damaged
+        )
+        asked = np.arange(len(places))
+        lost: list[int] = []
+        if damaged is not None and damaged.found:
+            names = {row.key for row in damaged.found}
+            lost = [n for n, key in enumerate(places.keys.to_pylist()) if key in names]
+            asked = np.setdiff1d(asked, lost)
+        columns: dict[str, Sequence[Any]] = dict(self._columns.of(rows.places))
+        if self.join is not None:
+            columns.update(self.join.of(rows.places.keys.to_pylist()))
+        return LoadedRows(
+            rows=rows,
+            asked=asked,
+            columns=columns,
+            damaged=damaged.found if damaged is not None else (),
+            damaged_asked=lost,
+        )
+
+    @cached_property
+    def _groups(self) -> tuple[NDArray[np.int32], NDArray[np.int32], Numbers]:
+        return self.cache.reader.row_groups()
+
+    @cached_property
+    def _paths(self) -> Sequence[str]:
+        return self.cache.reader.files
+
+    def _order_of(self, epoch: int) -> EpochOrder:
+        kept: EpochOrder | None = self.__dict__.get("_order")
+        if kept is None or kept.epoch != epoch:
+            sizes = self._groups[2] if self._selection is None else self._selection.sizes
+            kept = self.__dict__["_order"] = EpochOrder(
+                sizes=sizes,
+                seed=self.shuffle.seed,
+                epoch=epoch,
+                shuffle=self.shuffle.shuffle,
+                window=self.shuffle.window,
+                lanes=self.shuffle.lanes if self.shuffle.shuffle else 1,
+                lane_rows=self.shuffle.lane_rows,
+            )
+        return kept

@@ -1,0 +1,133 @@
+"""Load the shares of one reader: what lies together by one request, the next ones ahead."""
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.cache.fetch import THREADS
+from pipeline.cache.row_fetch import Allocate
+from pipeline.dataset import loaded_rows
+from pipeline.dataset.loaded_rows import LoadedRows
+from pipeline.dataset.prefetch import prefetched
+from pipeline.dataset.shares import Share
+
+Numbers = NDArray[np.int64]
+P = TypeVar("P")
+
+
+class Source(Protocol[P]):
+    """What gives rows by their position in an epoch."""
+
+    @property
+    def is_local(self) -> bool:
+        """Whether reading costs no requests."""
+
+    def places(self, epoch: int, positions: Numbers) -> P:
+        """Return where the rows at some positions lie."""
+
+    def sizes(self, places: P) -> Numbers:
+        """Return how many bytes are fetched of each row."""
+
+    def boundaries(self, epoch: int, positions: Numbers) -> Numbers:
+        """Return a number for each position that is the same for rows that lie together."""
+
+    def load(self, places: P, allocate: Allocate, pool: Executor | None) -> LoadedRows:
+        """Load rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stream:
+    """Loads shares ahead of who uses them.
+
+    From a local cache each share is read for itself, straight into the memory of its batch. From a
+    remote one the rows of a reader that lie together, of several shares, are fetched by few large
+    ranged reads; the first share alone, so that it is there soon.
+
+    Attributes:
+        source: of the rows.
+        epoch: whose order.
+        allocate: returns memory to read into.
+        prefetch_bytes: of rows that are loaded ahead, and of those in use.
+        threads: that load and check shares from a local cache.
+    """
+
+    source: Source[Any]
+    epoch: int
+    allocate: Allocate
+    prefetch_bytes: int
+    threads: int
+
+    def load(self, shares: Iterable[Share]) -> Iterator[tuple[Share, LoadedRows]]:
+        """Yield each share with its rows, in order."""
+        if self.source.is_local:
+            batches = prefetched(
+                lambda item: self.source.load(item[1], self.allocate, None),
+                map(self._located, shares),
+                max_bytes=self.prefetch_bytes,
+                threads=self.threads,
+            )
+            for (share, _), loaded in batches:
+                yield share, loaded
+            return
+        with ThreadPoolExecutor(THREADS, thread_name_prefix="carve-fetch") as pool:
+            ahead: deque[Share] = deque()
+            units = prefetched(
+                lambda positions: self.source.load(
+                    self.source.places(self.epoch, positions), self.allocate, pool
+                ),
+                self._units(shares, ahead),
+                max_bytes=self.prefetch_bytes,
+                threads=2,
+            )
+            yield from _cut(units, ahead)
+
+    def _located(self, share: Share) -> tuple[tuple[Share, Any], int]:
+        places = self.source.places(self.epoch, share.positions)
+        return (share, places), int(self.source.sizes(places).sum())
+
+    def _units(self, shares: Iterable[Share], ahead: deque[Share]) -> Iterator[tuple[Numbers, int]]:
+        """Yield the positions that are fetched at once, with their bytes; put shares in `ahead`."""
+        largest = max(1, self.prefetch_bytes // 2)
+        held: list[Numbers] = []
+        held_bytes, together = 0, -1
+        for number, share in enumerate(shares):
+            ahead.append(share)
+            sizes = self.source.sizes(self.source.places(self.epoch, share.positions))
+            if number == 0:
+                yield share.positions, int(sizes.sum())
+                continue
+            marks = self.source.boundaries(self.epoch, share.positions)
+            cuts = np.flatnonzero(np.diff(marks)) + 1
+            for rows in np.split(np.arange(len(marks)), cuts):
+                size, mark = int(sizes[rows].sum()), int(marks[rows[0]])
+                if held and (mark != together or held_bytes + size > largest):
+                    yield np.concatenate(held), held_bytes
+                    held, held_bytes = [], 0
+                held.append(share.positions[rows])
+                held_bytes, together = held_bytes + size, mark
+        if held:
+            yield np.concatenate(held), held_bytes
+
+
+def _cut(
+    units: Iterator[tuple[Numbers, LoadedRows]], ahead: deque[Share]
+) -> Iterator[tuple[Share, LoadedRows]]:
+    """Yield shares with their rows from units that follow each other."""
+    pieces: list[LoadedRows] = []
+    counts: list[int] = []
+    for positions, loaded in units:
+        at = 0
+        while at < len(positions):
+            missing = len(ahead[0].positions) - sum(counts)
+            count = min(missing, len(positions) - at)
+            pieces.append(loaded.slice(at, at + count))
+            counts.append(count)
+            at += count
+            if count == missing:
+                yield ahead.popleft(), loaded_rows.joined(pieces, counts)
+                pieces, counts = [], []
