@@ -13,11 +13,12 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
 
-from pipeline.cache.commit import Commit, try_commit
+from pipeline.cache.commit import Commit, rows_version, try_commit
 from pipeline.cache.writer import ShardWriter
 from pipeline.errors import ConfigError, ShardError
 from pipeline.job import Job
@@ -63,6 +64,11 @@ class ShardCarver:
             on_progress=on_progress,
         )
         self._under_way: dict[str, ShardPipeline] = {}  # by URL
+
+    @cached_property
+    def _format_version(self) -> int:
+        """That of the cache: shards are added as those before were written."""
+        return rows_version(self.store)
 
     def load(self) -> None:
         """Load the weights that the job's stage and carver need.
@@ -126,6 +132,7 @@ class ShardCarver:
             attempt=f"{int(started):x}-{uuid.uuid4().hex[:12]}",
             columns=self.job.columns,
             metadata=self.job.metadata,
+            format_version=self._format_version,
             row_group_bytes=self.job.config.output.row_group_mib << 20,
             part_bytes=self.job.config.output.part_mib << 20,
         ) as writer:

@@ -49,7 +49,6 @@ class Job:
     def metadata(self) -> Mapping[str, Any]:
         """What each part says about itself."""
         return {
-            "format_version": layout.FORMAT_VERSION,
             "fingerprint": self.fingerprint,
             "settings": self.settings,
             "nested": self.carver.nested,

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from pipeline import open_cache
+from pipeline.cache import layout
 from pipeline.cache.commit import claim_identity, list_committed, read_commits
+from pipeline.cache.record import dump_record
 from pipeline.carve_shard import ShardCarver
 from pipeline.encoders import Pixels
 from pipeline.errors import EncodeError, ShardError, StorageError
@@ -81,6 +83,31 @@ def test_batch_size_does_not_change_what_is_stored(tmp_path: Path, batch_size: i
     )
 
     assert a.to_pylist() == b.to_pylist()
+
+
+def test_shards_are_added_to_a_cache_in_the_version_it_was_made_with(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "in", num_shards=2)
+    job = make_job(corpus, tmp_path / "old")
+    store = open_store(job.config.output.url)
+    store.put_once(layout.IDENTITY_PATH, dump_record({**job.identity}, version=1))
+
+    carve_all(job)
+    carve_all(make_job(corpus, tmp_path / "new"))
+
+    columns = {
+        name: {
+            c
+            for part in tmp_path.glob(f"{name}/data/*/*/part-*")
+            for c in pq.read_schema(part).names
+        }
+        for name in ("old", "new")
+    }
+    assert {"tokens", "aux"} <= columns["old"] and "packed" not in columns["old"]
+    assert {"tokens", "aux"}.isdisjoint(columns["new"]) and "packed" in columns["new"]
+    old, new = open_cache(str(tmp_path / "old")), open_cache(str(tmp_path / "new"))
+    assert (old.identity["format_version"], new.identity["format_version"]) == (1, 2)
+    assert [b.to_pylist() for b in old.scan()] == [b.to_pylist() for b in new.scan()]
+    assert all(torch.equal(old[key].features, new[key].features) for key in old)
 
 
 def test_one_bad_image_costs_only_itself(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner, Result
 
 from pipeline.cache import layout
-from pipeline.cache.artefact import list_artefacts
+from pipeline.cache.artefact import artefact_rows, list_artefacts
 from pipeline.cache.commit import read_commits
 from pipeline.carved_cache import CarvedCache, open_cache
 from pipeline.cli import app
@@ -233,12 +233,9 @@ def test_a_budget_below_what_is_stored(url, write, read) -> None:
 
 
 def damaged(url: str, column: str) -> tuple[Path, int]:
-    """Return a part of the artefact, and a place within a value of a column."""
-    (part,) = artefact(url).glob("data/a/*/part-00000.parquet")
-    chunk = pq.ParquetFile(part).metadata.row_group(0)
-    place = pq.ParquetFile(part).schema_arrow.get_field_index(column)
-    start = chunk.column(place).data_page_offset
-    return part, start + 100
+    """Return a part of the artefact, and a place within the tokens or the aux of row a0."""
+    place = artefact_rows(open_store(str(artefact(url)))).find("a0")
+    return artefact(url) / place.path, getattr(place, f"{column}_offset") + 100
 
 
 @pytest.mark.parametrize("column", ["tokens", "aux"])

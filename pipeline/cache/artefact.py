@@ -58,7 +58,7 @@ def claim_artefact(store: Store, kind: str, settings: Mapping[str, Any]) -> None
     """
     record = {"kind": kind, "settings": settings, "created_at": time.time()}
     try:
-        store.put_once(layout.ARTEFACT_PATH, dump_record(record))
+        store.put_once(layout.ARTEFACT_PATH, dump_record(record, layout.FORMAT_VERSION))
     except AlreadyExistsError:
         standing = read_artefact(store, kind)
         if found := "; ".join(differences(standing, settings)):
@@ -68,6 +68,12 @@ def claim_artefact(store: Store, kind: str, settings: Mapping[str, Any]) -> None
             ) from None
 
 
+def artefact_version(store: Store) -> int:
+    """Return the format version of the rows of an artefact that was claimed."""
+    record = read_record(store, layout.ARTEFACT_PATH, versions=layout.FORMAT_VERSIONS)
+    return int(record["format_version"])
+
+
 def read_artefact(store: Store, kind: str) -> dict[str, Any]:
     """Return the settings of an artefact.
 
@@ -75,7 +81,7 @@ def read_artefact(store: Store, kind: str) -> dict[str, Any]:
         CacheFormatError: there is none, it is damaged, or of another kind.
     """
     try:
-        record = read_record(store, layout.ARTEFACT_PATH)
+        record = read_record(store, layout.ARTEFACT_PATH, versions=layout.FORMAT_VERSIONS)
     except NotFoundError as err:
         raise CacheFormatError(
             f"{store.url} is not an artefact: it has no {layout.ARTEFACT_PATH}"

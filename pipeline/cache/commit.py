@@ -165,10 +165,10 @@ def claim_identity(store: Store, identity: Mapping[str, Any]) -> Mapping[str, An
     """
     record = {**identity, "created_at": time.time()}
     try:
-        store.put_once(layout.IDENTITY_PATH, dump_record(record))
+        store.put_once(layout.IDENTITY_PATH, dump_record(record, layout.FORMAT_VERSION))
     except AlreadyExistsError:
         return check_identity(store, identity)
-    return {"format_version": layout.FORMAT_VERSION, **record}
+    return {**record, "format_version": layout.FORMAT_VERSION}
 
 
 def check_identity(store: Store, identity: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -189,13 +189,13 @@ def check_identity(store: Store, identity: Mapping[str, Any]) -> Mapping[str, An
 
 
 def read_identity(store: Store) -> Mapping[str, Any]:
-    """Return `carve.json`.
+    """Return `carve.json`, its format version among the rest.
 
     Raises:
         CacheFormatError: there is none, or it is of a version this package does not know.
     """
     try:
-        identity = read_record(store, layout.IDENTITY_PATH)
+        identity = read_record(store, layout.IDENTITY_PATH, versions=layout.FORMAT_VERSIONS)
     except NotFoundError as err:
         raise CacheFormatError(
             f"{store.url} is not a cache: it has no {layout.IDENTITY_PATH}"
@@ -208,7 +208,16 @@ def read_identity(store: Store) -> Mapping[str, Any]:
         raise CacheFormatError(
             f"{store.url}/{layout.IDENTITY_PATH} is damaged: {place}: {first['msg']}"
         ) from err
-    return {"format_version": layout.FORMAT_VERSION, **identity}
+    return identity
+
+
+def rows_version(store: Store) -> int:
+    """Return the format version of the rows that are added to a cache: that of those it has."""
+    try:
+        record = read_record(store, layout.IDENTITY_PATH, versions=layout.FORMAT_VERSIONS)
+    except NotFoundError:
+        return layout.FORMAT_VERSION
+    return int(record["format_version"])
 
 
 class _Plugin(BaseModel):

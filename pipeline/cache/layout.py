@@ -11,7 +11,14 @@ from typing import Any
 
 import pyarrow as pa
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Of new caches: how their rows are stored. A cache keeps the version it was made with."""
+
+FORMAT_VERSIONS = (1, 2)
+"""Those that are read, and added to."""
+
+RECORD_VERSION = 1
+"""Of commit records and `snapshot.json`, which are the same in caches of all versions."""
 
 _JSON = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
@@ -27,6 +34,9 @@ INDEX_NAME = "index.parquet"
 METADATA_KEY = b"carvecache"
 """Key of the JSON in the metadata of every Parquet file."""
 
+PACKED = "packed"
+"""Column of version 2: `aux` of a row, then its `tokens`, so that one read brings both."""
+
 FIXED_COLUMNS = (
     pa.field("key", pa.string(), nullable=False),
     pa.field("content_hash", pa.binary(16), nullable=False),
@@ -40,6 +50,14 @@ FIXED_COLUMNS = (
     pa.field("aux", pa.binary(), nullable=False),
     pa.field("crc32c", pa.uint32(), nullable=False),
 )
+"""Columns of version 1, and what a reader gives of every version."""
+
+PACKED_COLUMNS = tuple(
+    pa.field(PACKED, pa.large_binary(), nullable=False) if f.name == "tokens" else f
+    for f in FIXED_COLUMNS
+    if f.name != "aux"
+)
+"""Columns of version 2."""
 
 INDEX_SCHEMA = pa.schema(
     [
@@ -119,10 +137,15 @@ HIDDEN_SCHEMA = pa.schema(
 """Rows that an equal key of an earlier shard hides."""
 
 
-def part_schema(columns: Sequence[str], metadata: Mapping[str, Any]) -> pa.Schema:
+def fixed_columns(version: int) -> tuple[pa.Field, ...]:
+    """Return the columns that every part of a version has."""
+    return FIXED_COLUMNS if version == 1 else PACKED_COLUMNS
+
+
+def part_schema(columns: Sequence[str], metadata: Mapping[str, Any], version: int) -> pa.Schema:
     """Return the schema of a part: the fixed columns, then the user's as nullable text."""
     user = [pa.field(name, pa.string()) for name in columns]
-    return pa.schema([*FIXED_COLUMNS, *user], metadata={METADATA_KEY: dump_json(metadata)})
+    return pa.schema([*fixed_columns(version), *user], metadata={METADATA_KEY: dump_json(metadata)})
 
 
 def artefact_path(kind: str, name: str) -> str:

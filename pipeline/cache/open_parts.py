@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.cache import layout, parquet
+from pipeline.cache import parquet
 from pipeline.errors import CacheFormatError
 from pipeline.storage import Store
 
@@ -22,7 +22,7 @@ class PartRecord:
 
     size: int | None = None
     footer_crc32c: int | None = None
-    columns: Sequence[pa.Field] = layout.FIXED_COLUMNS  # that it must have
+    columns: Sequence[pa.Field] | None = None  # that it must have; None for those of a part
 
 
 class OpenParts:

@@ -145,7 +145,7 @@ def open_part(
     metadata: pq.FileMetaData | None = None,
     *,
     where: str,
-    columns: Sequence[pa.Field] = layout.FIXED_COLUMNS,
+    columns: Sequence[pa.Field] | None = None,
     check_pages: bool = True,
 ) -> pq.ParquetFile:
     """Open a part, or a table of a snapshot.
@@ -154,7 +154,7 @@ def open_part(
         source: a file that can be read from any place.
         metadata: its footer where that is known; else it is read.
         where: the file, for messages.
-        columns: that it must have.
+        columns: that it must have; None for those of a part, of any version.
         check_pages: try the checksums of pages when they are read.
 
     Raises:
@@ -163,6 +163,8 @@ def open_part(
     with parsing(where):
         options = {**_LIMITS, "page_checksum_verification": check_pages}
         part = pq.ParquetFile(source, metadata=metadata, **options)
+        if columns is None:
+            columns = layout.fixed_columns(2 if layout.PACKED in part.schema_arrow.names else 1)
         for field in columns:
             _has(part.schema_arrow, field, where)
         return part

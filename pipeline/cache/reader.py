@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.cache import layout, parquet
+from pipeline.cache import layout, part_rows
 from pipeline.cache.fetch import THREADS
 from pipeline.cache.fetched_rows import DamagedRow, DamagedRows, unpack_rows
 from pipeline.cache.found_rows import FoundRows
@@ -243,7 +243,9 @@ class SnapshotReader:
         with self.part(place.path) as part:
             _check_row_group(part, place, self.store.url)
             names = [*dict.fromkeys(["key", *_known(part, columns)])]
-            return _read_group(part, place.row_group, names, f"{self.store.url}/{place.path}")
+            return part_rows.read_group(
+                part, place.row_group, names, f"{self.store.url}/{place.path}"
+            )
 
     def check_key(self, table: pa.Table, place: RowPlace) -> None:
         """Check that a row group holds a row where the index says.
@@ -295,11 +297,11 @@ class SnapshotReader:
         where = f"{self.store.url}/{path}"
         check = PartCheck.read(self.store, path)
         with self.part(path) as part:
-            wanted = part.schema_arrow.names if columns is None else _known(part, columns)
+            wanted = part_rows.column_names(part) if columns is None else _known(part, columns)
             names = check.columns_for(wanted)
             check.check_size(part.metadata, self._record_of(path)["rows"])
             for group in range(part.num_row_groups):
-                table = _read_group(part, group, names, where)
+                table = part_rows.read_group(part, group, names, where)
                 check.check_group(group, table)
                 yield from table.select(wanted).to_batches()
 
@@ -382,18 +384,8 @@ def _check_row_group(part: pq.ParquetFile, place: RowPlace, url: str) -> None:
 
 
 def _known(part: pq.ParquetFile, columns: Sequence[str]) -> list[str]:
-    there = part.schema_arrow.names
+    there = part_rows.column_names(part)
     for name in columns:
         if name not in there:
             raise ValueError(f"no column {name!r}; there are {', '.join(there)}")
     return list(columns)
-
-
-def _read_group(part: pq.ParquetFile, group: int, names: Sequence[str], where: str) -> pa.Table:
-    with parquet.parsing(where):
-        table = part.read_row_group(group, columns=list(names))
-        table.validate(full=True)
-    expected = part.metadata.row_group(group).num_rows
-    if len(table) != expected:
-        raise CacheFormatError(f"{where}: row group {group} holds {len(table)} of {expected} rows")
-    return table

@@ -6,7 +6,7 @@ it; records of older versions of this package have none.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.cache import layout
@@ -17,19 +17,26 @@ MAX_RECORD_BYTES = 256 << 20
 _CHECKSUM = "checksum"
 
 
-def dump_record(values: Mapping[str, Any]) -> bytes:
-    """Return a record of this format version with its checksum."""
-    record = {"format_version": layout.FORMAT_VERSION, **values}
+def dump_record(values: Mapping[str, Any], version: int = layout.RECORD_VERSION) -> bytes:
+    """Return a record of a version with its checksum."""
+    record = {"format_version": version, **values}
     return layout.dump_json({**record, _CHECKSUM: layout.fingerprint(record)})
 
 
-def parse_record(content: bytes, *, where: str, kind: str = "record") -> dict[str, Any]:
-    """Return what a record holds, without format version and checksum.
+def parse_record(
+    content: bytes,
+    *,
+    where: str,
+    kind: str = "record",
+    versions: Sequence[int] = (layout.RECORD_VERSION,),
+) -> dict[str, Any]:
+    """Return what a record holds, without its checksum; `format_version` where several are known.
 
     Args:
         content: its bytes.
         where: the file, for messages.
         kind: of record, for messages.
+        versions: that are known of this kind.
 
     Raises:
         CacheFormatError: it is damaged, too large, or of a version this package does not know.
@@ -44,7 +51,7 @@ def parse_record(content: bytes, *, where: str, kind: str = "record") -> dict[st
         raise CacheFormatError(f"{where} is damaged: not a {kind}: {_line(err)}") from err
     if not isinstance(values, dict) or "format_version" not in values:
         raise CacheFormatError(f"{where} is damaged: not a {kind}: no format_version")
-    if values["format_version"] != layout.FORMAT_VERSION:
+    if values["format_version"] not in versions:
         raise CacheFormatError(
             f"{where}: format version {values['format_version']!r} is not known; install a newer "
             "carvecache"
@@ -57,12 +64,15 @@ def parse_record(content: bytes, *, where: str, kind: str = "record") -> dict[st
             raise CacheFormatError(f"{where} is damaged: {_line(err)}") from err
         if found != expected:
             raise CacheFormatError(f"{where} does not match its checksum; the file is damaged")
-    del values["format_version"]
+    if len(versions) == 1:
+        del values["format_version"]
     return values
 
 
-def read_record(store: Store, path: str) -> dict[str, Any]:
-    """Read a record.
+def read_record(
+    store: Store, path: str, *, versions: Sequence[int] = (layout.RECORD_VERSION,)
+) -> dict[str, Any]:
+    """Read a record; arguments as of `parse_record`.
 
     Raises:
         NotFoundError: there is none.
@@ -72,7 +82,7 @@ def read_record(store: Store, path: str) -> dict[str, Any]:
     size = store.size(path)
     if size > MAX_RECORD_BYTES:  # before it is fetched
         raise CacheFormatError(f"{where} has {size} bytes; records have at most {MAX_RECORD_BYTES}")
-    return parse_record(store.read(path), where=where)
+    return parse_record(store.read(path), where=where, versions=versions)
 
 
 def _refuse(constant: str) -> float:

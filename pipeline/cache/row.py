@@ -107,6 +107,24 @@ def head_offsets(layouts: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.where(layouts == 3, _HEADER.size + _TILES.size, _HEADER.size)
 
 
+def aux_length(value: bytes | memoryview, *, where: str) -> int:
+    """Return how many bytes aux takes at the start of a value that it begins.
+
+    Raises:
+        CacheFormatError: they would be more than there are, or of no known layout.
+    """
+    if len(value) >= LEAST_AUX_BYTES:
+        layout, aux_bytes, block_tokens, count = _HEADER.unpack_from(value)
+        start = _HEADER.size + (_TILES.size if layout == 3 else 0)
+        if layout in (2, 3) and len(value) >= start + _HEAD_LENGTH.size:
+            start += _HEAD_LENGTH.size + int(_HEAD_LENGTH.unpack_from(value, start)[0])
+        if layout in (1, 2, 3) and block_tokens:
+            length = start + count * (8 + aux_bytes) + 4 * -(-count // block_tokens) + _CRC.size
+            if length <= len(value):
+                return int(length)
+    raise CacheFormatError(f"{where}: a row of {len(value)} bytes has no aux; it is damaged")
+
+
 def tiles_of(aux: bytes | memoryview, *, where: str) -> TileLayout:
     """Return the tiles of an intact row of layout 3.
 

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.cache import layout, parquet, row
+from pipeline.cache import layout, parquet, part_rows, row
 from pipeline.cache.fetch import in_order
 from pipeline.cache.reader import SnapshotReader
 from pipeline.cache.verify_commits import find_damaged_files
@@ -116,9 +116,8 @@ def _check_part(
 
 
 def _rows(part: pq.ParquetFile, group: int, where: str) -> list[dict[str, Any]]:
+    table = part_rows.read_group(part, group, [*_IN_BOTH, "tokens", "aux", "crc32c"], where)
     with parquet.parsing(where):
-        table = part.read_row_group(group, columns=[*_IN_BOTH, "tokens", "aux", "crc32c"])
-        table.validate(full=True)
         return list(table.to_pylist())
 
 

@@ -63,6 +63,7 @@ class ShardWriter:
         attempt: unique name of this attempt.
         columns: names of the user's text columns.
         metadata: JSON that explains the numbers, stored in every part.
+        format_version: how rows are stored; that of the cache.
         row_group_bytes: a row group is closed when its tokens reach this size.
         part_bytes: a part is closed when its tokens reach this size.
     """
@@ -72,6 +73,7 @@ class ShardWriter:
     attempt: str
     columns: Sequence[str]
     metadata: Mapping[str, Any]
+    format_version: int = layout.FORMAT_VERSION
     row_group_bytes: int = 16 << 20
     part_bytes: int = 256 << 20
     files: list[WrittenFile] = field(default_factory=list, init=False)
@@ -147,7 +149,8 @@ class ShardWriter:
             path = layout.part_path(self.shard_id, self.attempt, self._num_parts)
             # With its own name in it, the footer of a part is that of no other.
             own = {"shard": self.shard_id, "attempt": self.attempt, "part": self._num_parts}
-            schema = layout.part_schema(self.columns, {**self.metadata, **own})
+            metadata = {**self.metadata, "format_version": self.format_version, **own}
+            schema = layout.part_schema(self.columns, metadata, self.format_version)
             self._part = _Part(store=self.store, path=path, schema=schema)
             self._num_parts += 1
         self._part.write_row_group(self._rows, self.columns)
@@ -251,8 +254,7 @@ class _Part:
             [r.packed.num_tokens for r in rows],
             *[[r.grid[axis] for r in rows] for axis in range(3)],
             *[[r.image_size[axis] for r in rows] for axis in range(2)],
-            [r.packed.tokens for r in rows],
-            aux,
+            *self._token_columns(rows, aux),
             [row.row_checksum(r.packed.tokens, a) for r, a in zip(rows, aux, strict=True)],
             *[[r.columns.get(name) for r in rows] for name in columns],
         ]
@@ -265,6 +267,13 @@ class _Part:
             self._writer.write_table(table, row_group_size=len(rows))
         self.tokens_bytes += sum(len(r.packed.tokens) for r in rows)
         self._groups.append([_index_values(r, a) for r, a in zip(rows, aux, strict=True)])
+
+    def _token_columns(
+        self, rows: Sequence[RowToWrite], aux: Sequence[bytes]
+    ) -> list[Sequence[bytes | memoryview]]:
+        if layout.PACKED in self.schema.names:
+            return [[a + r.packed.tokens for r, a in zip(rows, aux, strict=True)]]
+        return [[r.packed.tokens for r in rows], aux]
 
     def close(self, *, number: int) -> tuple[WrittenFile, pa.Table]:
         """Finish the file and put it in its place; return it with its index rows."""
@@ -308,34 +317,43 @@ class _Part:
 
     def _index_rows(self, file: mmap.mmap, number: int) -> pa.Table:
         metadata = pq.read_metadata(self._on_disk)
-        tokens_column = self.schema.get_field_index("tokens")
-        aux_column = self.schema.get_field_index("aux")
         columns: dict[str, list[Any]] = {name: [] for name in layout.INDEX_SCHEMA.names}
         for group, rows in enumerate(self._groups):
-            chunk = metadata.row_group(group)
-            starts = [chunk.column(c).data_page_offset for c in (tokens_column, aux_column)]
-            places = zip(
-                *(pages.byte_array_offsets(file, start, len(rows)) for start in starts),
-                strict=True,
-            )
-            for place, (known, (tokens_at, aux_at)) in enumerate(zip(rows, places, strict=True)):
-                key, content_hash, *numbers, aux_crc32c = known
-                at = (*tokens_at, *aux_at, aux_crc32c)
+            places = self._places(file, metadata.row_group(group), rows)
+            for place, (known, at_both) in enumerate(zip(rows, places, strict=True)):
+                key, content_hash, *numbers, aux_crc32c, _ = known
+                at = (*at_both, aux_crc32c)
                 values = (key, content_hash, number, group, place, *numbers, *at)
                 for column, value in zip(columns.values(), values, strict=True):
                     column.append(value)
         return pa.Table.from_pydict(columns, schema=layout.INDEX_SCHEMA)
 
+    def _places(
+        self, file: mmap.mmap, group: pq.RowGroupMetaData, rows: Sequence[tuple[Any, ...]]
+    ) -> Iterator[tuple[int, int, int, int]]:
+        """Yield offset and length of each row's tokens, and of its aux."""
+
+        def values_of(name: str) -> Iterator[tuple[int, int]]:
+            column = group.column(self.schema.get_field_index(name))
+            return pages.byte_array_offsets(file, column.data_page_offset, len(rows))
+
+        if layout.PACKED not in self.schema.names:
+            for tokens, aux in zip(values_of("tokens"), values_of("aux"), strict=True):
+                yield (*tokens, *aux)
+            return
+        for (start, length), (*_, aux_length) in zip(values_of(layout.PACKED), rows, strict=True):
+            yield start + aux_length, length - aux_length, start, aux_length
+
 
 def _compression(column: str) -> str:
-    fixed = {f.name for f in layout.FIXED_COLUMNS}
+    fixed = {f.name for f in (*layout.FIXED_COLUMNS, *layout.PACKED_COLUMNS)}
     return "none" if column in fixed else "zstd"
 
 
 def _index_values(r: RowToWrite, aux: bytes) -> tuple[Any, ...]:
-    """Return what the index says of a row beside its place, in the order of its columns."""
+    """Return what the index says of a row beside its place, in order, and the length of its aux."""
     numbers = (r.packed.num_tokens, *r.grid, *r.image_size, row.aux_checksum(aux))
-    return (r.key, r.content_hash, *numbers)
+    return (r.key, r.content_hash, *numbers, len(aux))
 
 
 def _footer_checksum(content: mmap.mmap, where: str) -> int:

@@ -51,7 +51,7 @@ def make_writer(store: Store, shard_id: str, **options: int) -> ShardWriter:
         shard_id=shard_id,
         attempt=uuid.uuid4().hex,
         columns=("txt",),
-        metadata={"format_version": 1, "settings": SETTINGS},
+        metadata={"settings": SETTINGS},
         **options,
     )
 

@@ -23,7 +23,7 @@ from pipeline.cache.snapshot_record import record_path
 from pipeline.storage import Store, open_store
 from tests.cache.counting import CountingStore
 from tests.cache.indexes import commit_index
-from tests.cache.make_v1 import FOLDER
+from tests.cache.golden_caches import folder
 from tests.cache.rows import IDENTITY, commit_rows, make_row
 
 SMALL = {
@@ -284,7 +284,7 @@ def test_a_cache_that_was_copied_is_known_again_by_its_attempts(tmp_path: Path) 
 @pytest.fixture
 def first_layout(tmp_path: Path) -> CountingStore:
     """A cache whose snapshot has one table each of files and index."""
-    shutil.copytree(FOLDER / "int8", tmp_path / "v1")
+    shutil.copytree(folder(1) / "int8", tmp_path / "v1")
     return CountingStore(str(tmp_path / "v1"))
 
 

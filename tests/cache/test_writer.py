@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.cache import layout, spool
-from pipeline.cache.row import row_checksum
+from pipeline.cache.row import aux_length, row_checksum
 from pipeline.errors import NotFoundError, StorageError
 from pipeline.storage import Store, open_store
 from pipeline.types import RejectedSample
@@ -51,8 +51,9 @@ def written(store: Store, count: int = 30, **options: int) -> list:
         return writer.finish([])
 
 
-def test_the_bytes_at_the_indexed_offsets_are_the_row(store: Store) -> None:
-    written(store, 30, row_group_bytes=10_000, part_bytes=30_000)
+@pytest.mark.parametrize("version", layout.FORMAT_VERSIONS)
+def test_the_bytes_at_the_indexed_offsets_are_the_row(store: Store, version: int) -> None:
+    written(store, 30, row_group_bytes=10_000, part_bytes=30_000, format_version=version)
     attempt = next(store.list("data")).path.rsplit("/", 1)[0]
 
     index = open_part(store, f"{attempt}/index.parquet").read().to_pylist()
@@ -66,9 +67,11 @@ def test_the_bytes_at_the_indexed_offsets_are_the_row(store: Store) -> None:
         tokens = store.read_range(path, r["tokens_offset"], r["tokens_length"])
         assert tokens == expected[r["key"]].packed.tokens
         stored = open_part(store, path).read_row_group(r["row_group"])
-        assert stored["aux"][r["row"]].as_py() == store.read_range(
-            path, r["aux_offset"], r["aux_length"]
-        )
+        aux = store.read_range(path, r["aux_offset"], r["aux_length"])
+        if version == 1:
+            assert stored["aux"][r["row"]].as_py() == aux
+        else:
+            assert stored["packed"][r["row"]].as_py() == aux + tokens
 
 
 def test_a_part_explains_itself_and_checks_its_rows(store: Store) -> None:
@@ -80,7 +83,8 @@ def test_a_part_explains_itself_and_checks_its_rows(store: Store) -> None:
     assert layout.METADATA_KEY in part.schema_arrow.metadata
     assert SETTINGS["codec"]["name"].encode() in part.schema_arrow.metadata[layout.METADATA_KEY]
     for r in table.to_pylist():
-        assert row_checksum(r["tokens"], r["aux"]) == r["crc32c"]
+        length = aux_length(r["packed"], where="here")
+        assert row_checksum(r["packed"][length:], r["packed"][:length]) == r["crc32c"]
 
 
 def test_files_have_the_sizes_and_sums_that_are_reported(store: Store) -> None:
@@ -95,13 +99,16 @@ def test_duckdb_polars_and_hf_datasets_open_a_part(tmp_path: Path) -> None:
     path = store.local_path(written(store, 12)[0].path)
     expected = [(row.key, row.packed.tokens, row.columns["txt"]) for row in rows(12)]
 
-    by_duckdb = duckdb.sql(f"select key, tokens, txt from '{path}' order by key").fetchall()
-    by_polars = polars.read_parquet(path).sort("key").select("key", "tokens", "txt").rows()
+    by_duckdb = duckdb.sql(f"select key, packed, txt from '{path}' order by key").fetchall()
+    by_polars = polars.read_parquet(path).sort("key").select("key", "packed", "txt").rows()
     by_datasets = datasets.Dataset.from_parquet(path, cache_dir=str(tmp_path / "hf"))
 
-    assert by_duckdb == expected
-    assert by_polars == expected
-    assert [(r["key"], r["tokens"], r["txt"]) for r in by_datasets] == expected
+    def tokens_of(found: Iterable) -> list:
+        return [(key, packed[aux_length(packed, where=key) :], txt) for key, packed, txt in found]
+
+    assert tokens_of(by_duckdb) == expected
+    assert tokens_of(by_polars) == expected
+    assert tokens_of((r["key"], r["packed"], r["txt"]) for r in by_datasets) == expected
 
 
 def test_an_error_removes_the_attempt(store: Store) -> None:

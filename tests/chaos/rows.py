@@ -9,6 +9,7 @@ from typing import Any
 import google_crc32c
 import pyarrow.parquet as pq
 
+from pipeline.cache.row import aux_length
 from tests.chaos.raw import RawFolder
 
 Rows = dict[str, str]  # digest by key
@@ -41,6 +42,9 @@ def committed_rows(cache: RawFolder, record: Mapping[str, Any]) -> Rows:
         assert hashlib.sha256(data).hexdigest() == file["sha256"], file["path"]
         if file["kind"] == "part":
             for row in pq.read_table(io.BytesIO(data)).to_pylist():
+                packed = row.pop("packed")
+                length = aux_length(packed, where=row["key"])
+                row.update(tokens=packed[length:], aux=packed[:length])
                 assert row["key"] not in rows, f"{row['key']} twice in {record['shard_id']}"
                 checksum = google_crc32c.value(row["tokens"] + row["aux"])
                 assert checksum == row["crc32c"], f"checksum of {row['key']}"
