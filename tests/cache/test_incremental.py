@@ -22,8 +22,8 @@ from pipeline.cache.snapshot import Snapshot, build_snapshot, latest_snapshot
 from pipeline.cache.snapshot_record import record_path
 from pipeline.storage import Store, open_store
 from tests.cache.counting import CountingStore
-from tests.cache.indexes import commit_index
 from tests.cache.golden_caches import folder
+from tests.cache.indexes import commit_index
 from tests.cache.rows import IDENTITY, commit_rows, make_row
 
 SMALL = {
