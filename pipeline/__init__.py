@@ -11,24 +11,30 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pipeline import carvers, codecs, encoders
     from pipeline.carved_cache import CachedImage, CarvedCache, open_cache
-    from pipeline.dataset import CarvedDataset
+    from pipeline.dataset import Batch, CarvedDataset, MixedDataset, on_device
 
 __all__ = [
+    "Batch",
     "CachedImage",
     "CarvedCache",
     "CarvedDataset",
+    "MixedDataset",
     "carvers",
     "codecs",
     "encoders",
+    "on_device",
     "open_cache",
 ]
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "Batch": "pipeline.dataset",
     "CachedImage": "pipeline.carved_cache",
     "CarvedCache": "pipeline.carved_cache",
     "CarvedDataset": "pipeline.dataset",
+    "MixedDataset": "pipeline.dataset",
+    "on_device": "pipeline.dataset",
     "open_cache": "pipeline.carved_cache",
 }
 

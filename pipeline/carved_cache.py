@@ -99,6 +99,14 @@ class CarvedCache:
             self._warned = True
         return replace(self, keep_tokens=keep_tokens)
 
+    def refresh(self) -> "CarvedCache":
+        """Return this cache as it is now: with the shards of the latest snapshot.
+
+        An open cache stays as it was opened while jobs add to it; so do datasets made of it.
+        """
+        latest = open_cache(self.reader.store.url)
+        return replace(self, reader=latest.reader)
+
     @cached_property
     def codec(self) -> Codec:
         """The codec the cache was packed with."""

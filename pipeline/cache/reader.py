@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.cache import layout, part_rows
+from pipeline.cache.buffers import BufferPool
 from pipeline.cache.fetch import THREADS
 from pipeline.cache.fetched_rows import DamagedRow, DamagedRows, unpack_rows
 from pipeline.cache.found_rows import FoundRows
@@ -24,7 +25,7 @@ from pipeline.cache.part_check import PartCheck
 from pipeline.cache.part_places import PartPlaces, PartRows
 from pipeline.cache.places import Places
 from pipeline.cache.row import StoredTokens
-from pipeline.cache.row_batch import Bytes, RowBatch, joined, of_stored
+from pipeline.cache.row_batch import RowBatch, joined, of_stored
 from pipeline.cache.row_fetch import Allocate, fetch_rows
 from pipeline.cache.row_groups import RowGroups
 from pipeline.cache.row_place import RowPlace
@@ -37,10 +38,6 @@ from pipeline.storage import Store
 __all__ = ["RowPlace", "SnapshotReader"]
 
 _STORED = [("row_group", "ascending"), ("row", "ascending")]
-
-
-def _allocate(num_bytes: int) -> Bytes:
-    return np.empty(num_bytes, np.uint8)
 
 
 @dataclass(kw_only=True)
@@ -56,6 +53,7 @@ class SnapshotReader:
     tables: Mapping[str, pa.Table] | None = field(default=None, repr=False)
     """By path, tables that are not stored."""
     _groups: RowGroups = field(init=False, repr=False)
+    _buffers: BufferPool = field(init=False, repr=False, default_factory=BufferPool)
     _parts: PartPlaces = field(init=False, repr=False)
     _segments: list[SegmentReader] = field(init=False, repr=False)
 
@@ -169,7 +167,7 @@ class SnapshotReader:
         places: Places,
         keep_tokens: int | None = None,
         *,
-        allocate: Allocate = _allocate,
+        allocate: Allocate | None = None,
         pool: Executor | None = None,
         damaged: DamagedRows | None = None,
     ) -> RowBatch:
@@ -178,7 +176,7 @@ class SnapshotReader:
         Args:
             places: of the rows.
             keep_tokens: how many tokens are wanted of each; None for all.
-            allocate: returns so many bytes to read into.
+            allocate: returns so many bytes to read into; None for those of this reader.
             pool: reads what lies apart in parallel; None for one after the other.
             damaged: takes the rows that are damaged; None to raise an error about the first.
 
@@ -189,7 +187,11 @@ class SnapshotReader:
         """
         try:
             fetched = fetch_rows(
-                self.store, places, keep_tokens=keep_tokens, allocate=allocate, pool=pool
+                self.store,
+                places,
+                keep_tokens=keep_tokens,
+                allocate=allocate or self._buffers.take,
+                pool=pool,
             )
         except CacheFormatError as err:  # a part is too short, for some of the rows
             return self._read_each(places, keep_tokens, damaged, err)
@@ -323,7 +325,9 @@ class SnapshotReader:
         for number in range(len(places)):
             one = places.slice(number, number + 1)
             try:
-                fetched = fetch_rows(self.store, one, keep_tokens=keep_tokens, allocate=_allocate)
+                fetched = fetch_rows(
+                    self.store, one, keep_tokens=keep_tokens, allocate=self._buffers.take
+                )
                 good.append(unpack_rows(fetched, keep_tokens=keep_tokens, url=self.store.url))
             except CacheFormatError as err:
                 where = places.where(number, self.store.url)

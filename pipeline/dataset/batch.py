@@ -12,9 +12,10 @@ from pipeline.cache import row_batch
 from pipeline.cache.fetched_rows import DamagedRow
 from pipeline.cache.row_batch import RowBatch
 from pipeline.cache.row_place import RowPlace
-from pipeline.carved_cache import CachedImage, unpack_images
+from pipeline.carved_cache import CachedImage, CarvedCache, unpack_images
 from pipeline.codecs import Codec
-from pipeline.dataset.buffers import tensor_of
+from pipeline.dataset.columns import Columns
+from pipeline.dataset.shared_memory import tensor_of
 from pipeline.errors import CacheFormatError
 from pipeline.unpacked_rows import UnpackedRows, unpack_rows
 
@@ -58,6 +59,29 @@ class Batch:
     columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     state: Mapping[str, Any] | None = None
     damaged: Sequence[DamagedRow] = ()
+
+    @classmethod
+    def of_keys(
+        cls, cache: CarvedCache, keys: Sequence[str], *, columns: Sequence[str] = ()
+    ) -> "Batch":
+        """Read rows by key, each by one ranged read of the tokens that are wanted.
+
+        Args:
+            cache: made by `open_cache`.
+            keys: of the rows; adjacent ones are read together.
+            columns: of the cache, to give with them.
+
+        Raises:
+            KeyNotFoundError: no such key.
+            CacheFormatError: a row is damaged.
+            StorageError: the store cannot be read.
+        """
+        places = cache.reader.find_many(keys)
+        return cls(
+            codec=cache.codec,
+            rows=cache.reader.read_in_parallel(places, cache.keep_tokens),
+            columns=Columns(cache.reader, columns).of(places),
+        )
 
     def __len__(self) -> int:
         return len(self.rows)

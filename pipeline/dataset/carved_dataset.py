@@ -95,7 +95,7 @@ class CarvedDataset(RowDataset):
             raise ValueError(f"seed={seed}: must be at least 0")
         self.cache = cache if keep_tokens is None else cache.keeping(keep_tokens)
         lane_rows = batch_size or 1
-        source = CacheSource(
+        self.cache_source = CacheSource(
             cache=self.cache,
             shuffle=Shuffle(
                 seed=seed,
@@ -110,7 +110,7 @@ class CarvedDataset(RowDataset):
             skip_damaged=skip_damaged,
         )
         super().__init__(
-            source,
+            self.cache_source,
             batch_size=batch_size,
             batch_tokens=batch_tokens,
             ends=ends,

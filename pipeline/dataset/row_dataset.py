@@ -9,13 +9,14 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import IterableDataset, get_worker_info
 
+from pipeline.cache.buffers import BufferPool
 from pipeline.codecs import Codec
 from pipeline.dataset import batch as batches
 from pipeline.dataset import shares
 from pipeline.dataset.batch import Batch, PackedRow
-from pipeline.dataset.buffers import BufferPool, shared_memory
 from pipeline.dataset.loaded_rows import LoadedRows
 from pipeline.dataset.resume import Resume
+from pipeline.dataset.shared_memory import shared_memory
 from pipeline.dataset.shares import Ends, Reader, Share
 from pipeline.dataset.stream import Source, Stream
 from pipeline.errors import ConfigError
