@@ -12,12 +12,14 @@ if TYPE_CHECKING:
     from pipeline import carvers, codecs, encoders
     from pipeline.carved_cache import CachedImage, CarvedCache, open_cache
     from pipeline.dataset import Batch, CarvedDataset, MixedDataset, on_device
+    from pipeline.storage import DiskCache
 
 __all__ = [
     "Batch",
     "CachedImage",
     "CarvedCache",
     "CarvedDataset",
+    "DiskCache",
     "MixedDataset",
     "carvers",
     "codecs",
@@ -33,6 +35,7 @@ _HOME = {
     "CachedImage": "pipeline.carved_cache",
     "CarvedCache": "pipeline.carved_cache",
     "CarvedDataset": "pipeline.dataset",
+    "DiskCache": "pipeline.storage",
     "MixedDataset": "pipeline.dataset",
     "on_device": "pipeline.dataset",
     "open_cache": "pipeline.carved_cache",

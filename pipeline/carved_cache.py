@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from pipeline import codecs
-from pipeline.cache import commit, snapshot
+from pipeline.cache import commit, layout, snapshot
 from pipeline.cache.reader import SnapshotReader
 from pipeline.cache.row_batch import RowBatch
 from pipeline.codecs import Codec
-from pipeline.storage import open_store
+from pipeline.storage import DiskCache, Store, open_cached_store, open_store
 from pipeline.types import TileLayout
 from pipeline.unpacked_rows import UnpackedRows, unpack_rows
 
@@ -38,7 +38,11 @@ class CachedImage:
 
 
 def open_cache(
-    url: str, *, keep_tokens: int | None = None, snapshot_number: int | None = None
+    url: str,
+    *,
+    keep_tokens: int | None = None,
+    snapshot_number: int | None = None,
+    disk_cache: DiskCache | None = None,
 ) -> "CarvedCache":
     """Open a cache at one moment of its life.
 
@@ -48,24 +52,17 @@ def open_cache(
             only their bytes; at least 1. None for all that are stored.
         snapshot_number: an older snapshot; None for the latest, or, where none was made yet, for
             the shards committed now.
+        disk_cache: where to keep what is read of a remote cache, for every reader of this machine;
+            None to keep nothing.
 
     Raises:
         CacheFormatError: there is no cache, or it is of a newer format.
         ValueError: `keep_tokens` is below 1.
     """
     _check_keep_tokens(keep_tokens)
-    store = open_store(url)
+    store = _open_store(url, disk_cache)
     identity = commit.read_identity(store)
-    if snapshot_number is not None:
-        reader = SnapshotReader(
-            store=store, snapshot=snapshot.read_snapshot(store, snapshot_number)
-        )
-    elif latest := snapshot.latest_snapshot(store):
-        reader = SnapshotReader(store=store, snapshot=latest)
-    else:
-        found, tables = snapshot.collect_snapshot(store)
-        reader = SnapshotReader(store=store, snapshot=found, tables=tables)
-    cache = CarvedCache(reader=reader, identity=identity)
+    cache = CarvedCache(reader=_open_reader(store, snapshot_number), identity=identity)
     return cache if keep_tokens is None else cache.keeping(keep_tokens)
 
 
@@ -104,8 +101,7 @@ class CarvedCache:
 
         An open cache stays as it was opened while jobs add to it; so do datasets made of it.
         """
-        latest = open_cache(self.reader.store.url)
-        return replace(self, reader=latest.reader)
+        return replace(self, reader=_open_reader(self.reader.store))
 
     @cached_property
     def codec(self) -> Codec:
@@ -211,6 +207,21 @@ def unpack_images(
 
 def _tensors(unpacked: UnpackedRows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return unpacked.features, unpacked.positions, unpacked.sizes, unpacked.ranks
+
+
+def _open_store(url: str, disk_cache: DiskCache | None) -> Store:
+    if disk_cache is None:
+        return open_store(url)
+    return open_cached_store(url, disk_cache, is_immutable=layout.is_immutable)
+
+
+def _open_reader(store: Store, snapshot_number: int | None = None) -> SnapshotReader:
+    if snapshot_number is not None:
+        return SnapshotReader(store=store, snapshot=snapshot.read_snapshot(store, snapshot_number))
+    if latest := snapshot.latest_snapshot(store):
+        return SnapshotReader(store=store, snapshot=latest)
+    found, tables = snapshot.collect_snapshot(store)
+    return SnapshotReader(store=store, snapshot=found, tables=tables)
 
 
 def _check_keep_tokens(keep_tokens: int | None) -> None:

@@ -22,6 +22,8 @@ RECORD_VERSION = 1
 
 _JSON = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
+_UNIQUE_TABLE = re.compile(r"(shards|files|index|hidden)-[0-9a-f]{8}(-[0-9]{5,9})?\.parquet")
+
 IDENTITY_PATH = "carve.json"
 COMMITS = "commits"
 SNAPSHOTS = "snapshots"
@@ -197,6 +199,20 @@ def parse_commit_path(path: str) -> tuple[str, str] | None:
 
 def snapshot_path(number: int, name: str) -> str:
     return f"{SNAPSHOTS}/{number:08d}/{name}"
+
+
+def is_immutable(path: str) -> bool:
+    """Return whether a file is written once, under a name that no other file ever gets.
+
+    Those are the files of attempts and, since their names have an id, the tables of snapshots; of
+    the cache itself and of its artefacts.
+    """
+    folder, *names = path.split("/")
+    if folder == ARTEFACTS:
+        folder, *names = names[2:] or [""]
+    if folder == SNAPSHOTS:
+        return len(names) == 2 and _UNIQUE_TABLE.fullmatch(names[1]) is not None
+    return folder == DATA and len(names) == 3
 
 
 def run_path(run_id: str, name: str) -> str:

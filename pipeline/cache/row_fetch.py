@@ -1,5 +1,6 @@
 """Fetch many rows at once, by as few reads as their places allow."""
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ Allocate = Callable[[int], Bytes]
 _ALIGNMENT = 8  # of each row's aux in the buffer
 _LOCAL_GAP = 4 << 10  # headers of pages between rows: passed over, not read anew
 _REMOTE_GAP = 256 << 10  # bytes that take less time than another request
+_DROPPED = memoryview(bytearray(max(_LOCAL_GAP, _REMOTE_GAP)))
 _LARGEST_SPAN = 16 << 20  # of one request; more in parallel are faster
 
 
@@ -33,6 +35,15 @@ class Span:
     def length(self) -> int:
         """Bytes that are read."""
         return sum(gap + length for gap, _, length in self.pieces)
+
+    def views(self, buffer: memoryview) -> list[memoryview]:
+        """Return where its bytes go: what lies between pieces to a place that nobody reads."""
+        views = []
+        for gap, at, length in self.pieces:
+            if gap:
+                views.append(_DROPPED[:gap])
+            views.append(buffer[at : at + length])
+        return views
 
 
 def fetch_rows(
@@ -73,10 +84,10 @@ def fetch_rows(
     spans = plan_spans(fetched, max_gap=_LOCAL_GAP if is_local else _REMOTE_GAP)
     view = buffer.data
     if pool is None or len(spans) < 2:
-        for span in spans:
-            _read(store, span, view)
+        for path, some in itertools.groupby(spans, key=lambda span: span.path):
+            _read(store, path, list(some), view)
     else:
-        for _ in pool.map(lambda span: _read(store, span, view), spans):
+        for _ in pool.map(lambda span: _read(store, span.path, [span], view), spans):
             pass
     return fetched
 
@@ -137,21 +148,17 @@ def _spans(
             size += lengths[number]
 
 
-def _read(store: Store, span: Span, view: memoryview) -> None:
-    views = []
-    for gap, at, length in span.pieces:
-        if gap:
-            views.append(memoryview(bytearray(gap)))
-        views.append(view[at : at + length])
+def _read(store: Store, path: str, spans: Sequence[Span], view: memoryview) -> None:
+    """Read spans of one part."""
     try:
-        store.read_into(span.path, span.start, views)
+        store.read_spans(path, [(span.start, span.views(view)) for span in spans])
     except NotFoundError:
         raise
     except StorageError as err:
-        size = store.size(span.path)
-        if span.start + span.length > size:
+        size, end = store.size(path), max(span.start + span.length for span in spans)
+        if end > size:
             raise CacheFormatError(
-                f"{store.url_of(span.path)} has {size} bytes, and the index names bytes "
-                f"{span.start} to {span.start + span.length} of it; the file is damaged"
+                f"{store.url_of(path)} has {size} bytes, and the index names bytes up to {end} of "
+                "it; the file is damaged"
             ) from err
         raise

@@ -15,7 +15,7 @@ from pipeline.cache.row_place import RowPlace
 from pipeline.carved_cache import CachedImage, CarvedCache, unpack_images
 from pipeline.codecs import Codec
 from pipeline.dataset.columns import Columns
-from pipeline.dataset.shared_memory import tensor_of
+from pipeline.dataset.shared_memory import SharedBytes
 from pipeline.errors import CacheFormatError
 from pipeline.unpacked_rows import UnpackedRows, unpack_rows
 
@@ -91,12 +91,12 @@ class Batch:
         return (PackedRow(batch=self, number=number) for number in range(len(self)))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Travel to another process: the codes as a tensor, which goes through shared memory."""
+        """Travel to another process: the codes by shared memory, where a queue leads there."""
         rows = replace(self.rows, tokens=np.empty(0, np.uint8))
-        return {**self.__dict__, "rows": rows, "tokens": tensor_of(self.rows.tokens)}
+        return {**self.__dict__, "rows": rows, "tokens": SharedBytes(self.rows.tokens)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        tokens = state.pop("tokens").numpy()
+        tokens = state.pop("tokens")
         self.__dict__.update(state, rows=replace(state["rows"], tokens=tokens))
 
     @property

@@ -15,18 +15,21 @@ def prefetched(
     *,
     max_bytes: int,
     threads: int,
+    max_items: int | None = None,
 ) -> Iterator[tuple[T, R]]:
     """Yield each item with what `load` made of it, in the order of the items.
 
-    Items are begun ahead while what was begun, and is not yet done with, has at most `max_bytes`;
-    one at least is. An item is done with when the next is asked for. The first error, in the order
-    of the items, is raised. Leaving the iteration early waits for what has been begun.
+    Items are begun ahead while what was begun, and is not yet done with, has at most `max_bytes`
+    and is at most `max_items`; one at least is. An item is done with when the next is asked for.
+    The first error, in the order of the items, is raised. Leaving the iteration early waits for
+    what has been begun.
 
     Args:
         load: called by `threads` threads.
         items: each with how many bytes it takes.
         max_bytes: see above.
         threads: how many.
+        max_items: see above; None for any number.
     """
     left = iter(items)
     ahead: deque[tuple[T, int, Future[R]]] = deque()
@@ -35,7 +38,10 @@ def prefetched(
     with ThreadPoolExecutor(threads, thread_name_prefix="carve-load") as pool:
         try:
             while ahead or upcoming is not None:
-                while upcoming is not None and (not ahead or held + upcoming[1] <= max_bytes):
+                while upcoming is not None:
+                    is_full = held + upcoming[1] > max_bytes or len(ahead) == max_items
+                    if ahead and is_full:
+                        break
                     item, size = upcoming
                     ahead.append((item, size, pool.submit(load, item)))
                     held += size

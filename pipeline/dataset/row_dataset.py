@@ -10,13 +10,14 @@ from numpy.typing import NDArray
 from torch.utils.data import IterableDataset, get_worker_info
 
 from pipeline.cache.buffers import BufferPool
+from pipeline.cache.row_fetch import Allocate
 from pipeline.codecs import Codec
 from pipeline.dataset import batch as batches
 from pipeline.dataset import shares
 from pipeline.dataset.batch import Batch, PackedRow
 from pipeline.dataset.loaded_rows import LoadedRows
 from pipeline.dataset.resume import Resume
-from pipeline.dataset.shared_memory import shared_memory
+from pipeline.dataset.shared_memory import SharedSlots
 from pipeline.dataset.shares import Ends, Reader, Share
 from pipeline.dataset.stream import Source, Stream
 from pipeline.errors import ConfigError
@@ -94,10 +95,11 @@ class RowDataset(IterableDataset[Any]):
         self._resume: Resume | None = None
         self._at = _At()
         self._pool = BufferPool()
+        self._slots: SharedSlots | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Travel to another process, which may be in no process group, as a part of this rank."""
-        return {**self.__dict__, "_rank": self.rank, "_world_size": self.world_size}
+        return {**self.__dict__, "_rank": self.rank, "_world_size": self.world_size, "_slots": None}
 
     @property
     def rank(self) -> int:
@@ -191,13 +193,21 @@ class RowDataset(IterableDataset[Any]):
         stream = Stream(
             source=self.source,
             epoch=self.epoch,
-            allocate=self._pool.take if worker is None else shared_memory,
+            allocate=self._memory(),
             prefetch_bytes=self.prefetch_bytes,
             threads=self.threads,
         )
         order = self.source.identity()
         for share, loaded in stream.load(_after(self._shares(start, reader), skipped)):
             yield from self._give(share, loaded, order)
+
+    def _memory(self) -> Allocate:
+        """Return what gives memory: in a DataLoader's worker such as its main process sees."""
+        if get_worker_info() is None:
+            return self._pool.take
+        if self._slots is None or not self._slots.is_own:
+            self._slots = SharedSlots()
+        return self._slots.take
 
     def _shares(self, start: int, reader: Reader) -> Iterator[Share]:
         length = self.source.length(self.epoch)

@@ -70,6 +70,8 @@ class Stream:
                 map(self._located, shares),
                 max_bytes=self.prefetch_bytes,
                 threads=self.threads,
+                # More would only spread over more memory than the processor's caches have.
+                max_items=self.threads + 1,
             )
             for (share, _), loaded in batches:
                 yield share, loaded

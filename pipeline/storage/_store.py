@@ -16,6 +16,7 @@ from typing import BinaryIO, TypeVar
 from pipeline.errors import AlreadyExistsError, ConfigError, NotFoundError, StorageError
 from pipeline.storage import _local
 from pipeline.storage._backend import Backend, checked_url, modified
+from pipeline.storage._descriptors import Descriptors
 from pipeline.storage._driver import send
 from pipeline.storage._retry import (
     BrokenAnswerError,
@@ -24,8 +25,10 @@ from pipeline.storage._retry import (
     store_errors,
     with_retries,
 )
+from pipeline.storage._views import fill, flat, num_bytes, scatter
 
 T = TypeVar("T")
+Span = tuple[int, Sequence[memoryview]]
 
 ONCE_BYTES = 32 * 2**20  # every driver sends so much in one request
 UPLOAD_CHUNK_BYTES = 16 * 2**20  # s3fs holds up to ten of these while it uploads a file
@@ -74,6 +77,7 @@ class Store:
     def __init__(self, url: str) -> None:
         self.url = url
         self._backend = Backend(url)
+        self._descriptors = Descriptors()
 
     def __repr__(self) -> str:
         return f"Store({self.url!r})"
@@ -112,20 +116,44 @@ class Store:
         return self._try("read", path, read) if length else b""
 
     def read_into(self, path: str, offset: int, views: Sequence[memoryview]) -> None:
-        """Fill buffers one after the other with the bytes from `offset` on."""
-        length = sum(len(v) for v in views)
-        if self._backend.is_local:
-            with open(self._full(path), "rb") as f:
-                place = offset
-                for i in range(0, len(views), 1000):
-                    place += os.preadv(f.fileno(), views[i : i + 1000], place)
-                if place != offset + length:
-                    raise StorageError(f"cannot read {self.url_of(path)}: too short")
+        """Fill writable, contiguous views one after the other with the bytes from `offset` on.
+
+        Fewer bytes are an error; what the views hold after one is undefined. Of local files those
+        read last stay open.
+
+        Raises:
+            TypeError: a view is not contiguous or cannot be written.
+        """
+        self.read_spans(path, [(offset, views)])
+
+    def read_spans(self, path: str, spans: Sequence[Span]) -> None:
+        """Fill views from several places of one object: as `read_into` does, one after the other.
+
+        Args:
+            path: of the object.
+            spans: the offset of each place, and the views that are filled from there.
+        """
+        flats = [(offset, flat(views)) for offset, views in spans]
+        if not self._backend.is_local or any(offset < 0 for offset, _ in flats):
+            for offset, views in flats:
+                data = self.read_range(path, offset, num_bytes(views))
+                scatter(memoryview(data), views)
             return
-        data = memoryview(self.read_range(path, offset, length))
-        for v in views:
-            v[:] = data[: len(v)]
-            data = data[len(v) :]
+        full = self._full(path)
+
+        def read() -> None:
+            file = self._descriptors.open(full)
+            for offset, views in flats:
+                length = num_bytes(views)
+                got = fill(file.number, offset, views)
+                if got != length:
+                    size = os.fstat(file.number).st_size
+                    raise StorageError(
+                        f"cannot read {self.url_of(path)} ({size} bytes): asked for {length} bytes "
+                        f"at {offset}, got {got}"
+                    )
+
+        self._try("read", path, read)
 
     def put(self, path: str, data: bytes) -> None:
         """Create or replace an object."""
