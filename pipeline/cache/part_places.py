@@ -42,23 +42,24 @@ class PartPlaces:
     Args:
         groups: reads the indexes.
         hidden: returns numbers of rows that are left out, by part and row group.
+        size_of: returns the size of a part, in bytes.
     """
 
     def __init__(
-        self, groups: RowGroups, hidden: Callable[[], Mapping[tuple[str, int], set[int]]]
+        self,
+        groups: RowGroups,
+        hidden: Callable[[], Mapping[tuple[str, int], set[int]]],
+        size_of: Callable[[str], int],
     ) -> None:
         self._groups = groups
         self._hidden = hidden
+        self._size_of = size_of
         self._kept: OrderedDict[str, Mapping[str, PartRows]] = OrderedDict()
         self._num_kept: dict[str, int] = {}
         self._lock = threading.Lock()
 
-    def part(self, path: str, size: int) -> PartRows:
+    def part(self, path: str) -> PartRows:
         """Return the rows of one part.
-
-        Args:
-            path: of the part.
-            size: of the part, in bytes.
 
         Raises:
             CacheFormatError: the index is damaged.
@@ -77,7 +78,7 @@ class PartPlaces:
         if kept is not None and path in kept:
             return kept[path]
         rows = self._index_rows(index)
-        found = self._part_rows(rows.filter(pc.equal(rows["part"], number)), path, size)
+        found = self._part_rows(rows.filter(pc.equal(rows["part"], number)), path)
         self._keep(index, {**(kept or {}), path: found})
         return found
 
@@ -93,10 +94,10 @@ class PartPlaces:
     def _index_rows(self, path: str) -> pa.Table:
         return self._groups.whole(StoredTable(path=path), layout.INDEX_SCHEMA)
 
-    def _part_rows(self, rows: pa.Table, path: str, size: int) -> PartRows:
+    def _part_rows(self, rows: pa.Table, path: str) -> PartRows:
         rows = rows.sort_by(_ORDER)
         url = self._groups.store.url
-        places = Places.of_index(rows, path, size, url)
+        places = Places.of_index(rows, path, self._size_of(path), url)
         row_group, row = places.column("row_group"), places.column("row")
         count = int(row_group[-1]) + 1 if len(places) else 0
         if count > len(places):  # every row group has a row

@@ -59,7 +59,9 @@ class SnapshotReader:
 
     def __post_init__(self) -> None:
         self._groups = RowGroups(self.store, self.tables)
-        self._parts = PartPlaces(self._groups, lambda: self._hidden)
+        self._parts = PartPlaces(
+            self._groups, lambda: self._hidden, lambda path: int(self._record_of(path)["size"])
+        )
         self._segments = [SegmentReader(self._groups, s) for s in self.snapshot.segments]
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -151,7 +153,7 @@ class SnapshotReader:
 
         They are read from the index of the attempt, which stays in memory for a while.
         """
-        return self._parts.part(path, int(self._record_of(path)["size"]))
+        return self._parts.part(path)
 
     def visible_index(self, path: str) -> pa.Table:
         """Return what the index says of a part, as stored; hidden rows are not among them."""
