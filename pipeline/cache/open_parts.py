@@ -4,12 +4,13 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.cache import parquet
-from pipeline.errors import CacheFormatError
+from pipeline.errors import CacheFormatError, NotFoundError, StorageError
 from pipeline.storage import Store
 
 _MAX_IDLE = 16
@@ -62,25 +63,43 @@ class OpenParts:
 
     def _open(self, path: str, record: PartRecord) -> pq.ParquetFile:
         where = self.store.url_of(path)
-        size = self.store.size(path)
-        if record.size not in (None, size):
-            raise CacheFormatError(
-                f"{where} has {size} bytes, not the {record.size} that were written"
-            )
-        footer = self._footer(path, size)
-        if record.footer_crc32c not in (None, parquet.footer_checksum(footer)):
-            raise CacheFormatError(
-                f"{where}: its footer does not match its checksum; the file is damaged or another"
-            )
+        try:
+            size, tail = self._tail(path, record.size)
+            footer = self._footer(path, size, tail)
+            _check_footer(footer, record, where)
+        except NotFoundError:
+            raise
+        except (StorageError, CacheFormatError) as err:
+            self._check_size(path, record.size, err)
+            raise
         metadata = parquet.parse_footer(footer, where=where)
-        local = self.store.local_path(path)
-        # Not mapped: a file that is cut short while it is mapped kills the process that reads it.
-        source = self.store.open_read(path) if local is None else pa.OSFile(local)
-        return parquet.open_part(source, metadata, where=where, columns=record.columns)
+        return parquet.open_part(
+            self._source(path, size, tail), metadata, where=where, columns=record.columns
+        )
 
-    def _footer(self, path: str, size: int) -> bytes:
-        where, length = self.store.url_of(path), min(size, _TAIL_BYTES)
-        footer = parquet.footer_of(self.store.read_range(path, size - length, length), where=where)
+    def _tail(self, path: str, known: int | None) -> tuple[int, bytes]:
+        """Return the size of a file, which a record says or the store, and its last bytes."""
+        size = self.store.size(path) if known is None else known
+        length = min(size, _TAIL_BYTES)
+        return size, self.store.read_range(path, size - length, length)
+
+    def _check_size(self, path: str, known: int | None, error: Exception) -> None:
+        """Raise the error that says so if a file has another size than was recorded."""
+        if known is not None and (size := self.store.size(path)) != known:
+            raise CacheFormatError(
+                f"{self.store.url_of(path)} has {size} bytes, not the {known} that were written"
+            ) from error
+
+    def _source(self, path: str, size: int, tail: bytes) -> Any:  # noqa: ANN401  (a file)
+        """Return what is read: not mapped, for a mapped file that is cut kills who reads it."""
+        if size == len(tail):
+            return pa.BufferReader(tail)
+        local = self.store.local_path(path)
+        return self.store.open_read(path) if local is None else pa.OSFile(local)
+
+    def _footer(self, path: str, size: int, tail: bytes) -> bytes:
+        where = self.store.url_of(path)
+        footer = parquet.footer_of(tail, where=where)
         if isinstance(footer, int):
             if footer > size:
                 raise CacheFormatError(f"{where} is damaged: its footer is longer than the file")
@@ -102,3 +121,10 @@ class OpenParts:
             unused = self._idle[:-_MAX_IDLE]
             del self._idle[:-_MAX_IDLE]
         return [part for _, part in unused]
+
+
+def _check_footer(footer: bytes, record: PartRecord, where: str) -> None:
+    if record.footer_crc32c not in (None, parquet.footer_checksum(footer)):
+        raise CacheFormatError(
+            f"{where}: its footer does not match its checksum; the file is damaged or another"
+        )

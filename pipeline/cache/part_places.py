@@ -10,11 +10,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from pipeline.cache import layout
+from pipeline.cache import layout, parquet
 from pipeline.cache.places import Places
 from pipeline.cache.row_groups import RowGroups
-from pipeline.cache.snapshot_record import StoredTable
-from pipeline.errors import CacheFormatError
+from pipeline.errors import CacheFormatError, NotFoundError
 
 _MAX_ROWS = 1 << 19  # kept; about 150 bytes each with its key
 _ORDER = [("part", "ascending"), ("row_group", "ascending"), ("row", "ascending")]
@@ -75,12 +74,10 @@ class PartPlaces:
             kept = self._kept.get(index)
             if kept is not None:
                 self._kept.move_to_end(index)
-        if kept is not None and path in kept:
-            return kept[path]
-        rows = self._index_rows(index)
-        found = self._part_rows(rows.filter(pc.equal(rows["part"], number)), path)
-        self._keep(index, {**(kept or {}), path: found})
-        return found
+        if kept is None or path not in kept:
+            kept = self._load(shard_id, attempt, number)
+            self._keep(index, kept)
+        return kept[path]
 
     def index_rows(self, path: str) -> pa.Table:
         """Return what the index of its attempt says of one part, hidden rows too; not kept."""
@@ -91,13 +88,30 @@ class PartPlaces:
         rows = self._index_rows(layout.index_path(shard_id, attempt))
         return rows.filter(pc.equal(rows["part"], number))
 
-    def _index_rows(self, path: str) -> pa.Table:
-        return self._groups.whole(StoredTable(path=path), layout.INDEX_SCHEMA)
+    def _load(self, shard_id: str, attempt: str, wanted: int) -> Mapping[str, PartRows]:
+        """Return the rows of all parts of an attempt that count."""
+        rows = self._index_rows(layout.index_path(shard_id, attempt))
+        found = {}
+        for number in {*rows["part"].unique().to_pylist(), wanted}:
+            path = layout.part_path(shard_id, attempt, number)
+            try:
+                size = self._size_of(path)
+            except NotFoundError:
+                if number == wanted:
+                    raise
+                continue
+            mine = rows.filter(pc.equal(rows["part"], number))
+            found[path] = self._part_rows(mine, path, size)
+        return found
 
-    def _part_rows(self, rows: pa.Table, path: str) -> PartRows:
+    def _index_rows(self, path: str) -> pa.Table:
+        store = self._groups.store
+        return parquet.read_table(store.read(path), layout.INDEX_SCHEMA, where=store.url_of(path))
+
+    def _part_rows(self, rows: pa.Table, path: str, size: int) -> PartRows:
         rows = rows.sort_by(_ORDER)
         url = self._groups.store.url
-        places = Places.of_index(rows, path, self._size_of(path), url)
+        places = Places.of_index(rows, path, size, url)
         row_group, row = places.column("row_group"), places.column("row")
         count = int(row_group[-1]) + 1 if len(places) else 0
         if count > len(places):  # every row group has a row

@@ -43,7 +43,7 @@ def parse_record(
     """
     if len(content) > MAX_RECORD_BYTES:
         raise CacheFormatError(
-            f"{where} has {len(content)} bytes; records have at most {MAX_RECORD_BYTES}"
+            f"{where} has more bytes than records have, which is at most {MAX_RECORD_BYTES}"
         )
     try:
         values = json.loads(content, parse_constant=_refuse)
@@ -78,11 +78,8 @@ def read_record(
         NotFoundError: there is none.
         CacheFormatError: as for `parse_record`.
     """
-    where = store.url_of(path)
-    size = store.size(path)
-    if size > MAX_RECORD_BYTES:  # before it is fetched
-        raise CacheFormatError(f"{where} has {size} bytes; records have at most {MAX_RECORD_BYTES}")
-    return parse_record(store.read(path), where=where, versions=versions)
+    content = store.read(path, most=MAX_RECORD_BYTES + 1)
+    return parse_record(content, where=store.url_of(path), versions=versions)
 
 
 def _refuse(constant: str) -> float:

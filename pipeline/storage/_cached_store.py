@@ -50,11 +50,12 @@ class CachedStore(Store):
     def __repr__(self) -> str:
         return f"CachedStore({self.url!r}, {self.disk_cache!r})"
 
-    def read(self, path: str) -> bytes:
+    def read(self, path: str, *, most: int | None = None) -> bytes:
         """Return a whole object."""
         if not self.is_immutable(path):
-            return super().read(path)
-        return self.read_range(path, 0, self.size(path))
+            return super().read(path, most=most)
+        size = self.size(path)
+        return self.read_range(path, 0, size if most is None else min(size, most))
 
     def read_range(self, path: str, offset: int, length: int) -> bytes:
         """Return exactly `length` bytes from `offset` on; fewer are an error."""

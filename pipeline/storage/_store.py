@@ -92,10 +92,26 @@ class Store:
         """Return the full URL of a path."""
         return f"{self.url.rstrip('/')}/{path}" if path else self.url
 
-    def read(self, path: str) -> bytes:
-        """Return a whole object."""
+    def read(self, path: str, *, most: int | None = None) -> bytes:
+        """Return a whole object, by one request.
+
+        Args:
+            path: of the object.
+            most: return no more than so many bytes of it; None for all.
+        """
         full = self._full(path)
-        return self._try("read", path, lambda: bytes(self._backend.fs.cat_file(full)))
+
+        def read() -> bytes:
+            fs = self._backend.fs
+            if self._backend.is_s3:  # s3fs asks for the size first, unless told where to begin
+                try:
+                    return bytes(fs.cat_file(full, start=0, end=most))
+                except OSError as err:
+                    if err.errno != errno.EINVAL:  # an empty object has no first byte
+                        raise
+            return bytes(fs.cat_file(full, start=None if most is None else 0, end=most))
+
+        return self._try("read", path, read)
 
     def read_range(self, path: str, offset: int, length: int) -> bytes:
         """Return exactly `length` bytes from `offset` on; fewer are an error."""

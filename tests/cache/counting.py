@@ -19,14 +19,14 @@ class CountingStore(Store):
         self._at_once = 0
         self._lock = threading.Lock()
 
-    def read(self, path: str) -> bytes:
+    def read(self, path: str, *, most: int | None = None) -> bytes:
         with self._lock:
             self.reads[path.split("/")[0]] += 1
             self._at_once += 1
             self.most_at_once = max(self.most_at_once, self._at_once)
         time.sleep(self.pause_s)
         try:
-            return super().read(path)
+            return super().read(path, most=most)
         finally:
             with self._lock:
                 self._at_once -= 1

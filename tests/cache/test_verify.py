@@ -151,7 +151,7 @@ def test_each_part_is_fetched_once(tmp_path: Path) -> None:
     assert list(find_damage(reader)) == []
 
     # Two parts, and the two indexes that only their commits name.
-    assert store.reads == {"data": 4, "commits": 2, "snapshots": 2}
+    assert store.reads == {"data": 4, "commits": 2}
     assert store.ranges == 2  # footers of the snapshot's two tables
 
 
