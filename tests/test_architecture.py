@@ -1,6 +1,8 @@
 """Imports point down, libraries stay in their one place, files stay short."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -108,3 +110,15 @@ def test_every_module_has_a_layer() -> None:
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_files_are_short(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 400
+
+
+def test_a_plain_install_is_enough_to_open_a_cache() -> None:
+    only_for_tests = ("google_crc32c", "torchdata", "datasets", "polars", "duckdb", "psutil")
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({only_for_tests}));"
+        "from pipeline import Batch, CarvedDataset, DiskCache, MixedDataset, open_cache"
+    )
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+    assert done.returncode == 0, done.stderr

@@ -15,7 +15,8 @@ class BufferPool:
     """Gives out arrays of bytes; one comes back when nothing refers to it any more.
 
     So whoever holds an array, or a view or tensor of one, holds it for good. Safe to use from many
-    threads. What is free stays mapped, at most as much as was in use at once.
+    threads. What is free stays mapped, at most as much as was in use at once. An array of less than
+    half a huge page is none of the pool's: it would take a whole one.
     """
 
     def __init__(self) -> None:
@@ -30,7 +31,9 @@ class BufferPool:
 
     def take(self, num_bytes: int) -> NDArray[np.uint8]:
         """Return (num_bytes,) of no particular content."""
-        region = self._region(max(1, num_bytes))
+        if num_bytes < _PAGE // 2:
+            return np.empty(num_bytes, np.uint8)
+        region = self._region(num_bytes)
         array = np.frombuffer(region, np.uint8)
         # Views and tensors of the array refer to it, since what it stands on is no array.
         weakref.finalize(array, self._returned.append, region).atexit = False

@@ -117,7 +117,8 @@ class Batch:
     @property
     def codes(self) -> Tensor:
         """(sum of K, bytes a token) uint8: packed tokens as stored, most important first."""
-        return torch.from_numpy(self.rows.tokens).view(int(self.rows.num_tokens.sum()), -1)
+        shape = (int(self.rows.num_tokens.sum()), self.rows.token_bytes)
+        return torch.from_numpy(self.rows.tokens).view(shape)
 
     def pin_memory(self) -> "Batch":
         """Return the batch with its codes in pinned memory; a DataLoader calls this."""

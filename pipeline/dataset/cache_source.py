@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.cache import layout
-from pipeline.cache.fetched_rows import DamagedRows
+from pipeline.cache.fetched_rows import DamagedRow, DamagedRows
 from pipeline.cache.places import Places
+from pipeline.cache.row_batch import RowBatch
 from pipeline.cache.row_fetch import Allocate, wanted_bytes
 from pipeline.carved_cache import CarvedCache
 from pipeline.codecs import Codec
@@ -19,7 +20,8 @@ from pipeline.dataset.columns import Columns
 from pipeline.dataset.joined_columns import JoinedColumns
 from pipeline.dataset.loaded_rows import LoadedRows
 from pipeline.dataset.order import EpochOrder
-from pipeline.dataset.selection import Filters, Selection, select_rows
+from pipeline.dataset.selection import Filters, Selection, canonical, select_rows
+from pipeline.errors import CacheFormatError
 
 Numbers = NDArray[np.int64]
 
@@ -60,6 +62,10 @@ class CacheSource:
         if self.filters is not None:
             self._selection = select_rows(self.cache.reader, self.filters)
         self._columns = Columns(self.cache.reader, self.columns)
+        if not self.skip_damaged:
+            self._columns.check()
+        if self.join is not None and (both := {*self.columns} & {*self.join.names}):
+            raise ValueError(f"columns {sorted(both)} are in the cache and in the joined table")
 
     def __getstate__(self) -> dict[str, Any]:
         """Travel to another process without what can be computed again."""
@@ -86,7 +92,9 @@ class CacheSource:
             "fingerprint": self.cache.identity.get("fingerprint"),
             "seed": shuffle.seed,
             "shuffle": [shuffle.shuffle, shuffle.window, shuffle.lanes, shuffle.lane_rows],
-            "filters": None if self.filters is None else layout.fingerprint(repr(self.filters)),
+            "filters": None
+            if self.filters is None
+            else layout.fingerprint(canonical(self.filters)),
         }
 
     def length(self, epoch: int) -> int:
@@ -139,22 +147,43 @@ class CacheSource:
         rows = self.cache.reader.read_batch(
             places, self.cache.keep_tokens, allocate=allocate, pool=pool, damaged=damaged
         )
+        rows, columns = self._with_columns(rows, damaged)
         asked = np.arange(len(places))
-        lost: list[int] = []
+        lost: dict[int, DamagedRow] = {}
         if damaged is not None and damaged.found:
-            names = {row.key for row in damaged.found}
-            lost = [n for n, key in enumerate(places.keys.to_pylist()) if key in names]
-            asked = np.setdiff1d(asked, lost)
-        columns: dict[str, Sequence[Any]] = dict(self._columns.of(rows.places))
+            found = {row.key: row for row in damaged.found}
+            keys = places.keys.to_pylist()
+            lost = {n: found[key] for n, key in enumerate(keys) if key in found}
+            asked = np.setdiff1d(asked, [*lost])
         if self.join is not None:
             columns.update(self.join.of(rows.places.keys.to_pylist()))
         return LoadedRows(
             rows=rows,
             asked=asked,
             columns=columns,
-            damaged=damaged.found if damaged is not None else (),
-            damaged_asked=lost,
+            damaged=[*lost.values()],
+            damaged_asked=[*lost],
         )
+
+    def _with_columns(
+        self, rows: RowBatch, damaged: DamagedRows | None
+    ) -> tuple[RowBatch, dict[str, Sequence[Any]]]:
+        """Return rows with their columns; of a damaged part, those that have any."""
+        try:
+            return rows, dict(self._columns.of(rows.places))
+        except CacheFormatError:
+            if damaged is None:
+                raise
+        kept = []
+        for number in range(len(rows)):
+            try:
+                self._columns.of(rows.places.slice(number, number + 1))
+            except CacheFormatError as err:
+                damaged.found.append(DamagedRow.of(rows.places.place(number), str(err)))
+            else:
+                kept.append(number)
+        rows = rows.take(np.array(kept, np.int64))
+        return rows, dict(self._columns.of(rows.places))
 
     @cached_property
     def _groups(self) -> tuple[NDArray[np.int32], NDArray[np.int32], Numbers]:

@@ -23,7 +23,7 @@ class CarvedDataset(RowDataset):
             for batch in dataset:
                 tokens = batch.padded(device="cuda")
 
-    Two threads read and check ahead, so a loop needs no worker processes; where it wants them,
+    A thread reads and checks ahead, so a loop needs no worker processes; where it wants them,
     `DataLoader(dataset, batch_size=None, num_workers=2)`. The order of an epoch depends on `seed`,
     the epoch, `window` and `lanes` alone (`EpochOrder`). Step s of all ranks takes the next
     `world_size * batch_size` rows of it, rank r the r-th `batch_size` of them: so a job of another
@@ -60,7 +60,7 @@ class CarvedDataset(RowDataset):
         skip_damaged: leave damaged rows out of their batch and name them in `batch.damaged`,
             instead of raising an error.
         prefetch_bytes: of rows that are loaded ahead or in use.
-        threads: that read and check.
+        threads: that read and check, of a cache on a local disk; more help where it is slow.
 
     Raises:
         ValueError: an option is out of its range, or there is no such column.
@@ -86,7 +86,7 @@ class CarvedDataset(RowDataset):
         filters: Filters | None = None,
         skip_damaged: bool = False,
         prefetch_bytes: int = 256 << 20,
-        threads: int = 2,
+        threads: int = 1,
     ) -> None:
         for name, value in (("window", window), ("lanes", lanes)):
             if value < 1:

@@ -34,6 +34,20 @@ class Columns:
         """Travel to another process without what can be read again."""
         return Columns, (self._reader, self.names)
 
+    def check(self) -> None:
+        """Look for the columns in the first part.
+
+        Raises:
+            ValueError: there is no such column.
+            CacheFormatError: the part is damaged.
+        """
+        if self.names and (files := self._reader.files):
+            with self._reader.part(files[0]) as part:
+                there = part.schema_arrow.names
+            for name in self.names:
+                if name not in there:
+                    raise ValueError(f"no column {name!r}; there are {', '.join(there)}")
+
     def of(self, places: Places) -> dict[str, list[Any]]:
         """Return the values of each column, in the order of the rows.
 

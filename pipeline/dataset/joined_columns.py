@@ -5,6 +5,8 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
+from pipeline.errors import KeyNotFoundError
+
 Missing = Literal["raise", "null"]
 
 
@@ -16,7 +18,8 @@ class JoinedColumns:
         missing: what to give for a row whose key is not there: an error, or None in each column.
 
     Raises:
-        ValueError: there is no column `key`, it holds null or a key twice, or there is no other.
+        ValueError: there is no column `key`, it holds no text, null or a key twice, or there is no
+            other.
     """
 
     def __init__(self, table: pa.Table, *, missing: Missing = "raise") -> None:
@@ -30,6 +33,8 @@ class JoinedColumns:
             raise ValueError(
                 f"join: of {len(keys)} keys of the table {len(self._rows)} differ, or some are null"
             )
+        if not all(isinstance(key, str) for key in keys):
+            raise ValueError(f"join: the keys of the table are {table['key'].type}, expected text")
         self._table = table.drop_columns(["key"]).combine_chunks()
         self._missing = missing
 
@@ -42,11 +47,11 @@ class JoinedColumns:
         """Return the values of each column, in the order of the keys.
 
         Raises:
-            KeyError: a key is not in the table, and that is an error.
+            KeyNotFoundError: a key is not in the table, and that is an error.
         """
         numbers = [self._rows.get(key) for key in keys]
         if self._missing == "raise" and None in numbers:
-            raise KeyError(
+            raise KeyNotFoundError(
                 f"join: the table has no row for image {keys[numbers.index(None)]!r}; give "
                 'missing="null" for None in its place, or filter the cache by key'
             )

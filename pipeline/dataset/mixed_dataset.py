@@ -51,7 +51,7 @@ class MixedDataset(RowDataset):
         rank: int | None = None,
         world_size: int | None = None,
         prefetch_bytes: int = 256 << 20,
-        threads: int = 2,
+        threads: int = 1,
     ) -> None:
         if len(weights) != len(datasets):
             raise ValueError(f"{len(datasets)} datasets and {len(weights)} weights; give one each")

@@ -78,7 +78,7 @@ class EpochOrder:
     @cached_property
     def _lane_starts(self) -> Numbers:
         """(lanes + 1,) at which row lanes begin, and the end of the last."""
-        return np.linspace(0, len(self), self.lanes + 1).astype(np.int64)
+        return np.arange(self.lanes + 1) * len(self) // self.lanes
 
     @cached_property
     def _recent(self) -> OrderedDict[tuple[int, int], Numbers]:

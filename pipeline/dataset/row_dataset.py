@@ -1,5 +1,6 @@
 """What every dataset of rows does: share an epoch, load ahead, and say where it stands."""
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
@@ -7,6 +8,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from pipeline.cache.buffers import BufferPool
@@ -91,15 +93,27 @@ class RowDataset(IterableDataset[Any]):
         _check_place(self.rank, self.world_size)
         self.prefetch_bytes = prefetch_bytes
         self.threads = threads
-        self.epoch = 0
+        self._epoch, self._owner = _shared_number(0), os.getpid()
         self._resume: Resume | None = None
         self._at = _At()
         self._pool = BufferPool()
         self._slots: SharedSlots | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Travel to another process, which may be in no process group, as a part of this rank."""
-        return {**self.__dict__, "_rank": self.rank, "_world_size": self.world_size, "_slots": None}
+        """Travel to another process: from a process group, as a part of this rank."""
+        own = {**self.__dict__, "_slots": None}
+        if _is_distributed():
+            own |= {"_rank": self.rank, "_world_size": self.world_size}
+        return own
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._epoch.share_memory_()  # type: ignore[no-untyped-call]
+
+    @property
+    def epoch(self) -> int:
+        """Whose order the next iteration has."""
+        return int(self._epoch)
 
     @property
     def rank(self) -> int:
@@ -126,7 +140,15 @@ class RowDataset(IterableDataset[Any]):
         if epoch < 0:
             raise ValueError(f"epoch={epoch}: must be at least 0")
         if epoch != self.epoch:
-            self.epoch, self._resume, self._at = epoch, None, _At()
+            self._resume, self._at = None, _At()
+        self._share_epoch(epoch)
+
+    def _share_epoch(self, epoch: int) -> None:
+        """Tell the workers of this process, those too that stay from epoch to epoch."""
+        if get_worker_info() is None and self._owner != os.getpid():
+            # Other ranks may hold the same memory, of a dataset that was made before them.
+            self._epoch, self._owner = _shared_number(epoch), os.getpid()
+        self._epoch[0] = epoch
 
     def collate(self, rows: Sequence[PackedRow]) -> Batch:
         """Put rows together; give it to a DataLoader as `collate_fn`."""
@@ -139,10 +161,10 @@ class RowDataset(IterableDataset[Any]):
         is the worker's own (torchdata's StatefulDataLoader asks for it, and gives it back to as
         many); there `batch.state` is what fits any number.
         """
-        at = self._at
-        if get_worker_info() is None:
-            return self._state(at.end)
-        return {**self._state(at.start), "steps": at.given}
+        at, worker = self._at, get_worker_info()
+        if worker is None:
+            return self._state(self.epoch, at.end)
+        return {**self._state(self.epoch, at.start), "steps": at.given, "worker": self._own_share()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where a state was taken; the next iteration begins there.
@@ -159,13 +181,19 @@ class RowDataset(IterableDataset[Any]):
                 f"{ {k: own.get(k) for k in differing} }); make the dataset as it was made then, "
                 "of a cache opened at the same snapshot_number"
             )
+        share = state.get("worker")
+        if share is not None and share != self._own_share():
+            raise ConfigError(
+                f"this state is the own one of worker {share}, and here is {self._own_share()}; "
+                "take it back to the same, or load the state of a batch, which fits all"
+            )
         taken, steps = int(state["taken"]), int(state.get("steps", 0))
-        self.epoch = int(state["epoch"])
+        self._share_epoch(int(state["epoch"]))
         self._resume = Resume.at(taken, steps)
         self._at = _At(start=taken, given=steps, end=taken)
 
     def __len__(self) -> int:
-        """Return how many batches, or rows, this rank gets from here on to the end of the epoch.
+        """Return how many batches, or rows, the next iteration gives this rank.
 
         Raises:
             TypeError: with `batch_tokens`, because only reading tells.
@@ -174,15 +202,16 @@ class RowDataset(IterableDataset[Any]):
             raise TypeError("with batch_tokens, the number of batches is not known before the end")
         reader = Reader(rank=self.rank, world_size=self.world_size)
         length = self.source.length(self.epoch)
-        start = self._resume.taken if self._resume is not None else 0
+        is_resumed = self._resume is not None and self._resume.is_open(self.rank)
+        start = self._resume.taken if self._resume is not None and is_resumed else 0
         if self.batch_size is None:
             return shares.num_rows(length, start, reader, size=1, ends=self.ends)
         return shares.num_batches(length, start, reader, size=self.batch_size, ends=self.ends)
 
     def __iter__(self) -> Iterator[Any]:
-        """Yield this reader's batches, or rows, from a loaded state or the epoch's start on."""
+        """Return this reader's batches, or rows, from a loaded state or the epoch's start on."""
         worker = get_worker_info()
-        start, skipped = (0, 0) if self._resume is None else self._resume.use(worker)
+        start, skipped = (0, 0) if self._resume is None else self._resume.use(worker, self.rank)
         self._at = _At(start=start, given=skipped, end=start)
         reader = Reader(
             rank=self.rank,
@@ -190,16 +219,21 @@ class RowDataset(IterableDataset[Any]):
             worker=worker.id if worker else 0,
             num_workers=worker.num_workers if worker else 1,
         )
+        # Not later: a generator would begin when it is first asked, in whatever epoch it is then.
+        return self._loaded(self.epoch, reader, self._at)
+
+    def _loaded(self, epoch: int, reader: Reader, at: "_At") -> Iterator[Any]:
         stream = Stream(
             source=self.source,
-            epoch=self.epoch,
+            epoch=epoch,
             allocate=self._memory(),
             prefetch_bytes=self.prefetch_bytes,
             threads=self.threads,
         )
-        order = self.source.identity()
-        for share, loaded in stream.load(_after(self._shares(start, reader), skipped)):
-            yield from self._give(share, loaded, order)
+        state = self._state(epoch, at.start)
+        skipped = at.given
+        for share, loaded in stream.load(_after(self._shares(epoch, at.start, reader), skipped)):
+            yield from self._give(share, loaded, state, at)
 
     def _memory(self) -> Allocate:
         """Return what gives memory: in a DataLoader's worker such as its main process sees."""
@@ -209,8 +243,8 @@ class RowDataset(IterableDataset[Any]):
             self._slots = SharedSlots()
         return self._slots.take
 
-    def _shares(self, start: int, reader: Reader) -> Iterator[Share]:
-        length = self.source.length(self.epoch)
+    def _shares(self, epoch: int, start: int, reader: Reader) -> Iterator[Share]:
+        length = self.source.length(epoch)
         if self.batch_tokens is not None:
             return shares.in_budgets(
                 length,
@@ -218,42 +252,56 @@ class RowDataset(IterableDataset[Any]):
                 reader,
                 budget=self.batch_tokens,
                 ends=self.ends,
-                num_tokens=self._num_tokens,
+                num_tokens=lambda positions: self.source.num_tokens(
+                    self.source.places(epoch, positions)
+                ),
             )
         if self.batch_size is None:
             return shares.one_by_one(length, start, reader, ends=self.ends)
         return shares.in_batches(length, start, reader, size=self.batch_size, ends=self.ends)
 
-    def _num_tokens(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        return self.source.num_tokens(self.source.places(self.epoch, positions))
-
-    def _give(self, share: Share, loaded: LoadedRows, order: Mapping[str, Any]) -> Iterator[Any]:
+    def _give(
+        self, share: Share, loaded: LoadedRows, state: Mapping[str, Any], at: "_At"
+    ) -> Iterator[Any]:
         gives_batches = self.batch_size is not None or self.batch_tokens is not None
         end = int(share.ends[-1])
         whole = Batch(
             codec=self.source.codec,
             rows=loaded.rows,
             columns=loaded.columns,
-            state=self._state(end, order) if gives_batches else None,
+            state={**state, "taken": end} if gives_batches else None,
             damaged=loaded.damaged,
         )
         if gives_batches:
-            self._at.step(end)
+            at.step(end)
             yield whole
             return
         place = {asked: number for number, asked in enumerate(loaded.asked.tolist())}
         for asked in range(len(share.positions)):
             # Rows of a last, shorter step may be several for one step.
-            self._at.step(int(share.ends[min(asked, len(share.ends) - 1)]))
+            at.step(int(share.ends[min(asked, len(share.ends) - 1)]))
             if asked in place:
                 yield PackedRow(batch=whole, number=place[asked])
 
-    def _state(self, taken: int, order: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    def _state(self, epoch: int, taken: int) -> dict[str, Any]:
         return {
             "version": _STATE_VERSION,
-            "epoch": self.epoch,
+            "epoch": epoch,
             "taken": taken,
-            "order": dict(order or self.source.identity()),
+            "order": self.source.identity(),
+        }
+
+    def _own_share(self) -> dict[str, Any]:
+        """Return what tells the steps of this worker from those of any other reader."""
+        worker = get_worker_info()
+        return {
+            "rank": self.rank,
+            "world_size": self.world_size,
+            "worker": worker.id if worker else None,
+            "num_workers": worker.num_workers if worker else None,
+            "batch_size": self.batch_size,
+            "batch_tokens": self.batch_tokens,
+            "ends": self.ends,
         }
 
 
@@ -279,6 +327,10 @@ def _after(mine: Iterator[Share], steps: int) -> Iterator[Share]:
             steps = 0
         else:
             yield share
+
+
+def _shared_number(value: int) -> Tensor:
+    return torch.tensor([value]).share_memory_()  # type: ignore[no-untyped-call]
 
 
 def _is_distributed() -> bool:

@@ -1,6 +1,6 @@
 """Which rows of a cache pass a filter, found before an epoch begins and without reading tokens."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,10 +79,34 @@ def select_rows(reader: SnapshotReader, filters: Filters) -> Selection:
     )
 
 
-def _parse(filters: Filters) -> tuple[Any, list[str]]:
-    nested = [filters] if filters and isinstance(filters[0][0], str) else filters
+def canonical(filters: Filters) -> str:
+    """Return a text that is the same for filters that are the same, however they are written."""
+    return repr(
+        [
+            [(name, "=" if op == "==" else op, _canonical(value)) for name, op, value in some]
+            for some in _nested(filters)
+        ]
+    )
+
+
+def _canonical(value: Any) -> str:  # noqa: ANN401
+    if isinstance(value, str | bytes) or not isinstance(value, Iterable):
+        return repr(value.item() if isinstance(value, np.generic) else value)
+    plain = value.to_pylist() if isinstance(value, pa.Array | pa.ChunkedArray) else list(value)
+    return repr(sorted(map(_canonical, plain)))
+
+
+def _nested(filters: Filters) -> Sequence[Any]:
+    """Return a filter as a list of lists of conditions."""
+    is_flat = bool(filters) and bool(filters[0]) and isinstance(filters[0][0], str)
+    nested = [filters] if is_flat else filters
     if not nested or not all(nested):
         raise ValueError(f"filters={filters!r}: give at least one condition")
+    return nested
+
+
+def _parse(filters: Filters) -> tuple[Any, list[str]]:
+    nested = _nested(filters)
     names = [*dict.fromkeys(str(condition[0]) for some in nested for condition in some)]
     try:
         return pq.filters_to_expression(filters), names

@@ -142,12 +142,18 @@ def _received(owner: str, number: int, memory: Tensor | None, start: int, length
             slots[number] = memory
         content = slots[number].numpy()
     array = np.frombuffer(content.data, np.uint8, count=length, offset=start)
-    weakref.finalize(array, _give_back, content[:8].view(np.int64)).atexit = False
+    word = content[:8].view(np.int64)
+    weakref.finalize(array, _give_back, word, os.getpid()).atexit = False
     return array
 
 
-def _give_back(word: NDArray[np.int64]) -> None:
-    """Count a batch that has died, which may happen anywhere, within this function too."""
+def _give_back(word: NDArray[np.int64], process: int) -> None:
+    """Count a batch that has died, which may happen anywhere, within this function too.
+
+    Not in a process that was forked from the one it arrived in, where it may be in use still.
+    """
+    if process != os.getpid():
+        return
     _RETURNED.append(word)
     while _RETURNED and _RETURNED_LOCK.acquire(blocking=False):
         try:

@@ -13,6 +13,7 @@ from fsspec.implementations.local import LocalFileSystem
 from pipeline.errors import ConfigError, without_secrets
 from pipeline.storage import _local
 from pipeline.storage._driver import AZURE, GCS, S3, open_filesystem
+from pipeline.storage._native import NativeReader, open_native
 
 _EXTRAS = dict.fromkeys(S3, "s3") | dict.fromkeys(GCS, "gcs") | dict.fromkeys(AZURE, "azure")
 _LOCAL = ("", "file", "local")
@@ -34,6 +35,7 @@ class Backend:
     def __init__(self, url: str) -> None:
         self.url = url
         self._opened: tuple[int, Any, str] | None = None
+        self._native: tuple[int, NativeReader | None] | None = None
 
     def __getstate__(self) -> str:
         return self.url
@@ -48,7 +50,18 @@ class Backend:
     @property
     def path(self) -> str:
         """The place, as the filesystem writes it, without a slash at the end."""
+        if self.is_s3:  # known without a connection
+            return split_protocol(self.url)[1].rstrip("/")
         return self._open()[1]
+
+    @property
+    def native(self) -> NativeReader | None:
+        """What reads it without Python's event loop, where there is something."""
+        if not self.is_s3:
+            return None
+        if self._native is None or self._native[0] != os.getpid():
+            self._native = (os.getpid(), open_native(self.url))
+        return self._native[1]
 
     @property
     def is_local(self) -> bool:

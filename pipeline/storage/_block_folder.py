@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 
-import google_crc32c
+from fastcrc import crc32
 
 from pipeline.storage._descriptors import Descriptor
 from pipeline.storage._recently_used import RecentlyUsed
@@ -205,7 +205,7 @@ def _check(file: Descriptor, stat: os.stat_result) -> _Known | None:
 def _crc32c(content: memoryview) -> int:
     crc = 0
     for start in range(0, len(content), _PIECE_BYTES):
-        crc = google_crc32c.extend(crc, bytes(content[start : start + _PIECE_BYTES]))
+        crc = crc32.iscsi(content[start : start + _PIECE_BYTES], crc)
     return int(crc)
 
 
@@ -213,5 +213,5 @@ def _crc32c_of(file: Descriptor, length: int) -> int:
     crc = 0
     for start in range(0, length, _PIECE_BYTES):
         piece = os.pread(file.number, min(_PIECE_BYTES, length - start), start)
-        crc = google_crc32c.extend(crc, piece)
+        crc = crc32.iscsi(piece, crc)
     return int(crc)

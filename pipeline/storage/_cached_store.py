@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 from typing import BinaryIO
 
 from pipeline.storage._disk_cache import DiskCache
-from pipeline.storage._store import _BUFFER_BYTES, Span, Store, _RangeReader, open_store
+from pipeline.storage._range_reader import RangeReader
+from pipeline.storage._store import BUFFER_BYTES, Span, Store, open_store
 
 
 def open_cached_store(
@@ -81,4 +82,4 @@ class CachedStore(Store):
         """Open an object for reading from any place in it."""
         if not self.is_immutable(path):
             return super().open_read(path)
-        return io.BufferedReader(_RangeReader(self, path), _BUFFER_BYTES)
+        return io.BufferedReader(RangeReader(self, path), BUFFER_BYTES)

@@ -363,6 +363,6 @@ def _try_read(block: Block, at: int, length: int) -> bytes:
 
 def _try_fill(block: Block, piece: Piece) -> bool:
     try:
-        return fill(block.file.number, piece.at, piece.views) == piece.length
+        return fill(block.file.number, piece.at, piece.views)[1] == piece.length
     except OSError:
         return False

@@ -8,31 +8,31 @@ import io
 import os
 import shutil
 import threading
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO, TypeVar
 
-from pipeline.errors import AlreadyExistsError, ConfigError, NotFoundError, StorageError
+from pipeline.errors import AlreadyExistsError, NotFoundError, StorageError
 from pipeline.storage import _local
 from pipeline.storage._backend import Backend, checked_url, modified
 from pipeline.storage._descriptors import Descriptors
 from pipeline.storage._driver import send
+from pipeline.storage._range_reader import RangeReader
 from pipeline.storage._retry import (
     BrokenAnswerError,
-    is_not_implemented,
     is_transient,
     store_errors,
     with_retries,
 )
 from pipeline.storage._views import fill, flat, num_bytes, scatter
+from pipeline.storage._writable import check_writable
 
 T = TypeVar("T")
 Span = tuple[int, Sequence[memoryview]]
 
 ONCE_BYTES = 32 * 2**20  # every driver sends so much in one request
 UPLOAD_CHUNK_BYTES = 16 * 2**20  # s3fs holds up to ten of these while it uploads a file
-_BUFFER_BYTES = 256 * 1024
+BUFFER_BYTES = 256 * 1024
 _memory_lock = threading.Lock()
 
 
@@ -102,6 +102,11 @@ class Store:
         full = self._full(path)
 
         def read() -> bytes:
+            native = self._backend.native
+            if native is not None:
+                found = native.read(full, most)
+                if found is not None:
+                    return bytes(found)
             fs = self._backend.fs
             if self._backend.is_s3:  # s3fs asks for the size first, unless told where to begin
                 try:
@@ -115,11 +120,23 @@ class Store:
 
     def read_range(self, path: str, offset: int, length: int) -> bytes:
         """Return exactly `length` bytes from `offset` on; fewer are an error."""
+        self._check_range(path, offset, length)
+        return bytes(self._range(path, offset, length))
+
+    def _check_range(self, path: str, offset: int, length: int) -> None:
         if offset < 0 or length < 0:
             raise StorageError(f"cannot read {length} bytes at {offset} of {self.url_of(path)}")
+
+    def _range(self, path: str, offset: int, length: int) -> bytes | memoryview:
+        """Return what `read_range` does, where it can without a copy of its own."""
         full = self._full(path)
 
-        def read() -> bytes:
+        def read() -> bytes | memoryview:
+            native = self._backend.native
+            if native is not None:
+                found = native.read_range(full, offset, length)
+                if found is not None:
+                    return found
             data = bytes(self._backend.fs.cat_file(full, start=offset, end=offset + length))
             if len(data) != length:
                 message = f"asked for {length} bytes at {offset}, got {len(data)}"
@@ -149,23 +166,22 @@ class Store:
             path: of the object.
             spans: the offset of each place, and the views that are filled from there.
         """
-        flats = [(offset, flat(views)) for offset, views in spans]
-        if not self._backend.is_local or any(offset < 0 for offset, _ in flats):
-            for offset, views in flats:
-                data = self.read_range(path, offset, num_bytes(views))
-                scatter(memoryview(data), views)
+        if not self._backend.is_local or any(offset < 0 for offset, _ in spans):
+            for offset, given in spans:
+                views = flat(given)
+                self._check_range(path, offset, 0)
+                scatter(memoryview(self._range(path, offset, num_bytes(views))), views)
             return
         full = self._full(path)
 
         def read() -> None:
             file = self._descriptors.open(full)
-            for offset, views in flats:
-                length = num_bytes(views)
-                got = fill(file.number, offset, views)
-                if got != length:
+            for offset, views in spans:
+                wanted, got = fill(file.number, offset, views)
+                if got != wanted:
                     size = os.fstat(file.number).st_size
                     raise StorageError(
-                        f"cannot read {self.url_of(path)} ({size} bytes): asked for {length} bytes "
+                        f"cannot read {self.url_of(path)} ({size} bytes): asked for {wanted} bytes "
                         f"at {offset}, got {got}"
                     )
 
@@ -264,8 +280,14 @@ class Store:
     def list_names(self, prefix: str = "") -> builtins.list[str]:
         """Return the names of the objects and folders directly in a folder, sorted."""
         full = self._full(prefix)
+
+        def list_folder() -> builtins.list[str]:
+            native = self._backend.native
+            listed = None if native is None else native.list_names(full)
+            return self._backend.fs.ls(full, detail=False) if listed is None else listed
+
         try:
-            found = self._try("list", prefix, lambda: self._backend.fs.ls(full, detail=False))
+            found = self._try("list", prefix, list_folder)
         except NotFoundError:
             return []
         below = f"{full}/"
@@ -316,7 +338,7 @@ class Store:
             return self._try("read", path, lambda: open(full, "rb"))
         if self._backend.is_memory:  # its files are shared, position included
             return io.BytesIO(self.read(path))
-        return io.BufferedReader(_RangeReader(self, path), _BUFFER_BYTES)
+        return io.BufferedReader(RangeReader(self, path), BUFFER_BYTES)
 
     def local_path(self, path: str) -> str | None:
         """Return the path of an object in the machine's own file system, if it lives there."""
@@ -328,32 +350,7 @@ class Store:
         Raises:
             ConfigError: they cannot, or the store ignores put-if-absent.
         """
-        # Should this process be killed, it is one more thing that a writer left unfinished.
-        probe = f".carve-probe-{uuid.uuid4().hex}{_local.TEMPORARY_SUFFIX}"
-        first, second = b"first", b"second"
-        try:
-            self.put_once(probe, first)
-            try:
-                self.put_once(probe, second)
-                honoured = False
-            except AlreadyExistsError:
-                honoured = self.read(probe) == first
-            self.delete(probe)
-        except StorageError as err:
-            if err.__cause__ is not None and is_not_implemented(err.__cause__):
-                raise ConfigError(
-                    f"store {self.url} does not support put-if-absent ({err}); two jobs could "
-                    "overwrite each other: use a store that does"
-                ) from err
-            raise ConfigError(
-                f"store {self.url} cannot be written: {err}; check that the place exists, the "
-                "permissions, and that it supports put-if-absent (hard links, on a local disk)"
-            ) from err
-        if not honoured:
-            raise ConfigError(
-                f"store {self.url} ignores put-if-absent (it let a second writer replace an "
-                "object); two jobs could overwrite each other: use a store that honours it"
-            )
+        check_writable(self)
 
     def _create_remote(self, path: str, data: bytes) -> None:
         full, size = self._full(path), len(data)
@@ -392,33 +389,3 @@ class Store:
 
     def _try(self, what: str, path: str, operation: Callable[[], T]) -> T:
         return with_retries(what, self.url_of(path), operation)
-
-
-class _RangeReader(io.RawIOBase):
-    """Reads an object by ranges, so that a retry can neither skip nor repeat a byte."""
-
-    def __init__(self, store: Store, path: str) -> None:
-        self._store, self._path = store, path
-        self._size, self._position = store.size(path), 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        if base + offset < 0:
-            raise ValueError(f"cannot seek to {base + offset} in {self._store.url_of(self._path)}")
-        self._position = base + offset
-        return self._position
-
-    def readinto(self, buffer: memoryview, /) -> int:  # type: ignore[override]
-        length = max(0, min(len(buffer), self._size - self._position))
-        buffer[:length] = self._store.read_range(self._path, self._position, length)
-        self._position += length
-        return length

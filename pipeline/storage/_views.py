@@ -43,8 +43,8 @@ def scatter(content: memoryview, views: Sequence[memoryview]) -> None:
         start += len(view)
 
 
-def fill(descriptor: int, offset: int, views: Sequence[memoryview]) -> int:
-    """Fill flat views from an open file.
+def fill(descriptor: int, offset: int, views: Sequence[memoryview]) -> tuple[int, int]:
+    """Fill writable, contiguous views from an open file.
 
     Args:
         descriptor: of the file; its position is neither used nor moved.
@@ -52,13 +52,20 @@ def fill(descriptor: int, offset: int, views: Sequence[memoryview]) -> int:
         views: to be filled, one after the other.
 
     Returns:
-        Bytes read; fewer than asked for only at the end of the file.
+        Bytes asked for, and bytes read: fewer only at the end of the file.
     """
-    total = 0
-    while views:
-        got = os.preadv(descriptor, views[:_MOST_VIEWS], offset + total)
-        if not got:
+    wanted = sum([view.nbytes for view in views])
+    try:
+        got = os.preadv(descriptor, views, offset) if 0 < len(views) <= _MOST_VIEWS else 0
+    except BufferError:  # of a view that is not contiguous, or cannot be written
+        got = 0
+    if got == wanted:  # as a rule: the rest is for files of other kinds, and ends of files
+        return wanted, got
+    rest = cut(flat(views), got)[1]
+    while rest:
+        more = os.preadv(descriptor, rest[:_MOST_VIEWS], offset + got)
+        if not more:
             break
-        total += got
-        views = cut(views, got)[1]
-    return total
+        got += more
+        rest = cut(rest, more)[1]
+    return wanted, got

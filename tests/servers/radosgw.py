@@ -39,7 +39,7 @@ mon_data_avail_crit = 1
 mon_data_avail_warn = 2
 osd_crush_chooseleaf_type = 0
 osd_objectstore = memstore
-memstore_device_bytes = 4294967296
+memstore_device_bytes = {memory_bytes}
 osd_class_load_list = *
 osd_class_default_list = *
 osd_data = {folder}/osd
@@ -73,14 +73,16 @@ class Radosgw(S3Server):
 
     Args:
         folder: an empty one for its files; a short path, it holds unix sockets.
+        memory_bytes: what it can hold.
 
     Attributes:
         port: of the gateway, on loopback; the same after a restart.
         tls_port: the same behind TLS.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, memory_bytes: int = 4 << 30) -> None:
         self.folder = folder
+        self.memory_bytes = memory_bytes
         self.port, self.tls_port, self._v1, self._v2 = free_ports(4)
         self._daemons: list[ServerProcess] = []
         self._gateway: ServerProcess | None = None
@@ -154,7 +156,9 @@ class Radosgw(S3Server):
             (self.folder / name).mkdir()
         fsid = str(uuid.uuid4())
         ports = {"port": self.port, "tls_port": self.tls_port, "v1": self._v1, "v2": self._v2}
-        self._config.write_text(_CONFIG.format(fsid=fsid, folder=self.folder, **ports))
+        self._config.write_text(
+            _CONFIG.format(fsid=fsid, folder=self.folder, memory_bytes=self.memory_bytes, **ports)
+        )
         make_certificate(self.folder)
         monmap = str(self.folder / "monmap")
         address = f"[v2:127.0.0.1:{self._v2},v1:127.0.0.1:{self._v1}]"

@@ -1,8 +1,11 @@
 """The torch dataset: every row once, in a seeded order, as packed or padded batches."""
 
+import gc
 import itertools
 import pickle
+import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -80,6 +83,104 @@ def test_loader_workers_share_the_rows(tmp_path: Path, num_workers: int) -> None
     found = [key for batch in loader for key in batch.keys]
 
     assert sorted(found) == [f"k{i:02d}" for i in range(11)]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"prefetch_bytes": 1},
+        {"prefetch_bytes": 5000, "threads": 1},
+        {"threads": 7},
+        {"keep_tokens": 3},
+        {"columns": ["txt", "width"]},
+        {"skip_damaged": True},
+        {"batch_tokens": 100, "batch_size": None},
+    ],
+)
+def test_how_rows_are_read_changes_nothing_about_their_order(
+    cache: CarvedCache, options: dict[str, Any]
+) -> None:
+    shape = {"shuffle": True, "seed": 3, "window": 8, "batch_size": 5}
+    expected = [key for batch in CarvedDataset(cache, **shape) for key in batch.keys]
+
+    found = [key for batch in CarvedDataset(cache, **{**shape, **options}) for key in batch.keys]
+
+    assert found == expected
+
+
+@pytest.mark.parametrize("lanes", [2, 3, 50])
+def test_with_lanes_every_row_comes_once(cache: CarvedCache, lanes: int) -> None:
+    dataset = CarvedDataset(cache, shuffle=True, window=8, lanes=lanes, batch_size=3)
+
+    found = [key for batch in dataset for key in batch.keys]
+
+    assert sorted(found) == [f"k{i:02d}" for i in range(NUM_ROWS)]
+
+
+def test_readers_that_take_turns_read_row_groups_of_their_own_with_a_lane_each(
+    tmp_path: Path,
+) -> None:
+    store = open_store(str(tmp_path))
+    claim_identity(store, IDENTITY)
+    rows = [make_row(f"k{i:03d}", seed=i, num_tokens=10) for i in range(240)]
+    commit_rows(store, "a", rows, row_group_bytes=10 * 640)
+    build_snapshot(store)
+    options = {"shuffle": True, "window": 16, "lanes": 4, "batch_size": 4, "world_size": 4}
+
+    ranks = [CarvedDataset(open_cache(str(tmp_path)), rank=r, **options) for r in range(4)]
+
+    groups = [{place.row_group for batch in rank for place in batch.places} for rank in ranks]
+    assert [len(mine) for mine in groups] == [6] * 4
+    assert len(set().union(*groups)) == 24
+
+
+def test_two_iterations_at_once_are_both_whole(cache: CarvedCache) -> None:
+    dataset = CarvedDataset(cache, shuffle=True, batch_size=5)
+    expected = [batch.keys for batch in dataset]
+
+    pairs = [(one.keys, other.keys) for one, other in zip(dataset, dataset, strict=True)]
+
+    assert pairs == [(keys_of_batch, keys_of_batch) for keys_of_batch in expected]
+
+
+def test_an_iteration_left_early_leaves_no_thread_behind(cache: CarvedCache) -> None:
+    for batch in CarvedDataset(cache, batch_size=2, prefetch_bytes=5000):
+        assert len(batch) == 2
+        break
+    gc.collect()
+
+    assert [t.name for t in threading.enumerate() if t.name.startswith("carve")] == []
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("ends", ["exact", "pad", "drop"])
+def test_a_loader_knows_its_number_of_batches(cache: CarvedCache, num_workers, ends) -> None:
+    dataset = CarvedDataset(cache, batch_size=5, ends=ends)
+    loader = DataLoader(dataset, batch_size=None, num_workers=num_workers)
+
+    assert len(loader) == len(list(loader))
+    assert len(CarvedDataset(cache, ends=ends)) == NUM_ROWS
+
+
+def test_the_number_of_batches_of_a_budget_is_not_known(cache: CarvedCache) -> None:
+    dataset = CarvedDataset(cache, batch_tokens=100)
+
+    with pytest.raises(TypeError, match="not known before the end"):
+        len(dataset)
+    assert all(int(batch.num_tokens.sum()) <= 100 for batch in list(dataset))
+
+
+def test_a_budget_smaller_than_a_row_is_refused_when_it_comes(cache: CarvedCache) -> None:
+    with pytest.raises(ValueError, match="batch_tokens=20: a row has 21 tokens"):
+        list(CarvedDataset(cache, batch_tokens=20))
+
+    kept = list(CarvedDataset(cache, batch_tokens=20, keep_tokens=20))
+    assert [key for batch in kept for key in batch.keys] == keys(CarvedDataset(cache))
+
+
+def test_an_epoch_below_zero_is_refused(cache: CarvedCache) -> None:
+    with pytest.raises(ValueError, match="epoch=-1"):
+        CarvedDataset(cache).set_epoch(-1)
 
 
 def test_a_padded_batch_holds_every_token_at_its_place(cache: CarvedCache) -> None:
@@ -170,10 +271,19 @@ def test_an_empty_cache_gives_nothing(tmp_path: Path) -> None:
         ({"keep_tokens": 0}, "keep_tokens=0"),
         ({"rank": 2, "world_size": 2}, "rank=2"),
         ({"rank": -1, "world_size": 2}, "rank=-1"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"batch_tokens": 0}, "batch_tokens=0"),
+        ({"batch_size": 2, "batch_tokens": 90}, "batch_size or batch_tokens, not both"),
+        ({"ends": "even"}, "ends='even': must be exact, pad or drop"),
+        ({"window": 0}, "window=0"),
+        ({"lanes": 0}, "lanes=0"),
+        ({"seed": -1}, "seed=-1"),
+        ({"threads": 0}, "threads=0"),
+        ({"prefetch_bytes": 0}, "prefetch_bytes=0"),
     ],
 )
 def test_impossible_options_are_refused(
-    cache: CarvedCache, options: dict[str, int], problem: str
+    cache: CarvedCache, options: dict[str, Any], problem: str
 ) -> None:
     with pytest.raises(ValueError, match=problem):
         CarvedDataset(cache, **options)

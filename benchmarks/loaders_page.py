@@ -1,0 +1,330 @@
+"""The page that `loaders.py` writes: every figure on it comes from the results of its runs."""
+
+import importlib.metadata
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from benchmarks.loaders_base import Loader
+
+_COLUMNS: Mapping[str, tuple[str, int]] = {
+    "in order": ("sequential", 0),
+    "in order, 2 workers": ("sequential", 2),
+    "shuffled": ("shuffled", 0),
+    "shuffled, 2 workers": ("shuffled", 2),
+    "by key": ("by_key", 0),
+}
+_STORES = {"local": "local disk, in the page cache", "s3": "S3 on loopback"}
+_NONE = "-"
+_QUARTER = 0.25
+
+
+class Results:
+    """The results of one corpus on one store."""
+
+    def __init__(self, results: Iterable[Mapping[str, Any]], corpus: str, store: str) -> None:
+        self.all = [r for r in results if r.get("corpus") == corpus and r.get("store") == store]
+
+    def found(self, loader: str, measure: str, num_workers: int) -> list[Mapping[str, Any]]:
+        """Return the results of all rounds."""
+        return [
+            r["result"]
+            for r in self.all
+            if (r["loader"], r["measure"], r["num_workers"]) == (loader, measure, num_workers)
+            and "result" in r
+        ]
+
+    def median(self, loader: str, measure: str, num_workers: int, name: str) -> float | None:
+        """Return the median of a figure over the rounds; None where there is none."""
+        values = [r[name] for r in self.found(loader, measure, num_workers)]
+        return statistics.median(values) if values and None not in values else None
+
+    @property
+    def bytes_per_row(self) -> float:
+        """The payload of a row, without its key."""
+        return float(next(r["result"]["bytes_per_row"] for r in self._rates()))
+
+    @property
+    def read_rows_s(self) -> float | None:
+        """What reading the bytes alone would give."""
+        value = self.median("read()", "read", 0, "bytes_s")
+        return value and value / self.bytes_per_row
+
+    def spreads(self) -> list[float]:
+        """Return how far the rounds of each figure lie apart, relative to their median."""
+        groups: dict[tuple[Any, ...], list[float]] = {}
+        for r in self._rates():
+            key = (r["loader"], r["measure"], r["num_workers"])
+            groups.setdefault(key, []).append(r["result"]["rows_s"] or 0.0)
+        return [(max(g) - min(g)) / (statistics.median(g) or 1.0) for g in groups.values()]
+
+    def _rates(self) -> list[Mapping[str, Any]]:
+        measures = {measure for measure, _ in _COLUMNS.values()}
+        return [r for r in self.all if r["measure"] in measures and "result" in r]
+
+
+def name_of(result: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return what tells a result from those of other measurements."""
+    names = ("corpus", "store", "loader", "measure", "num_workers", "repeat")
+    return tuple(result.get(name) for name in names)
+
+
+def line(about: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    """Return one result in a line."""
+    where = "{corpus:7}{store:6}{measure:11}{num_workers} {loader:24}".format(**about)
+    if "error" in found:
+        return f"{where} FAILED {found['error']}"
+    parts = {k: v for k, v in found["result"].items() if isinstance(v, int | float)}
+    return f"{where} " + ", ".join(f"{name} {value:.4g}" for name, value in parts.items())
+
+
+def versions(loaders: Iterable[type[Loader]]) -> str:
+    """Return the versions of all packages that were measured."""
+    found = {v for kind in loaders for v in kind.versions().split(", ")}
+    found |= {f"{name} {importlib.metadata.version(name)}" for name in ("torch", "torchdata")}
+    return ", ".join(sorted(found))
+
+
+def render(
+    results: Sequence[Mapping[str, Any]], loaders: Mapping[str, type[Loader]], *, ours: str
+) -> str:
+    """Return the page as Markdown."""
+    about = next(r for r in results if r["measure"] == "about")
+    parts = ["# Loaders: the same rows through this project's and through others'", _intro(about)]
+    for corpus in about["options"]["data"]:
+        for store in about["options"]["stores"]:
+            found = Results(results, corpus, store)
+            if found.all:
+                parts += _section(found, loaders, ours=ours, title=f"{corpus}, {_STORES[store]}")
+    parts += ["## How each is set up", _setups(loaders)]
+    parts += ["## What could not be measured", _gaps(results, loaders)]
+    parts += ["## How it is measured", _METHOD]
+    return "\n\n".join(parts) + "\n"
+
+
+def _intro(about: Mapping[str, Any]) -> str:
+    options = about["options"]
+    flags = " ".join(
+        f"--{name.replace('_', '-')} {_words(options[name])}"
+        for name in ("data", "stores", "rows", "repeats", "limit_s")
+    )
+    lines = [
+        "Written by this command, nothing on it by hand:",
+        f"\n    python -m benchmarks.loaders --work-dir DIR --write-page {flags}\n",
+        *[f"- {name}: {about[name]}" for name in ("CPU", "memory", "system", "versions")],
+        f"- {options['rows']:,} rows in each data set",
+        f"- begun {about['date']}; load average {about['load']:.1f}",
+        "- rows: `fixed` 128 tokens of 1024 int8 codes, `ragged` 32 to 192 of them; each with a "
+        "float32 scale, a position, a float32 size a token, and a key",
+    ]
+    return "\n".join(lines)
+
+
+def _words(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _section(
+    found: Results, loaders: Mapping[str, type[Loader]], *, ours: str, title: str
+) -> list[str]:
+    return [
+        f"## {title}",
+        "Rows per second in the midst of an epoch, and GB/s of payload:",
+        _rates(found, loaders, ours=ours, name="rows_s"),
+        _noise(found),
+        "The same over the whole epoch, from the moment the data is opened:",
+        _rates(found, loaders, ours=ours, name="whole_rows_s"),
+        "Milliseconds to the first batch, in a process of its own, the libraries imported:",
+        _table(
+            list(_COLUMNS),
+            loaders,
+            lambda loader, column: _ms(found.median(loader, *_COLUMNS[column], "first_batch_s")),
+        ),
+        _second_epochs(found, loaders),
+        "Going on from a state taken at 60 % of a shuffled epoch, in a new process:",
+        _resumes(found, loaders),
+        "Memory in MB that a shuffled epoch adds to the process and its workers:",
+        _memory(found, loaders),
+        "Written once:",
+        _sizes(found, loaders),
+    ]
+
+
+def _table(columns: Sequence[str], rows: Iterable[str], cell: Callable[[str, str], str]) -> str:
+    lines = [f"| | {' | '.join(columns)} |", "|---" + "|--:" * len(columns) + "|"]
+    for row in rows:
+        cells = [cell(row, column) for column in columns]
+        if any(content != _NONE for content in cells):
+            lines.append(f"| {row} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _rates(found: Results, loaders: Mapping[str, type[Loader]], *, ours: str, name: str) -> str:
+    def rate(loader: str, column: str) -> float | None:
+        return found.median(loader, *_COLUMNS[column], name)
+
+    def cell(loader: str, column: str) -> str:
+        value = rate(loader, column)
+        return _NONE if value is None else f"{value:,.0f} · {value * found.bytes_per_row / 1e9:.2f}"
+
+    def against(row: str, column: str) -> str:
+        mine = rate(ours, column)
+        if row == _BOUND:
+            bound = found.read_rows_s
+            return f"{mine / bound:.2f}" if mine and bound and column != "by key" else _NONE
+        rates = {kind: rate(kind, column) or 0.0 for kind in loaders if kind != ours}
+        best = max(rates, key=lambda kind: rates[kind])
+        return f"{mine / rates[best]:.2f} ({best})" if mine and rates[best] else _NONE
+
+    table = _table(list(_COLUMNS), loaders, cell)
+    bound = found.read_rows_s
+    if bound is not None:
+        number = f"{bound:,.0f} · {bound * found.bytes_per_row / 1e9:.2f}"
+        table += f"\n| read() | {number} |" + f" {_NONE} |" * (len(_COLUMNS) - 1)
+    ratios = _table(list(_COLUMNS), (_BEST, _BOUND), against).splitlines()[2:]
+    return "\n".join([table, *[f"| **{r[2:]}".replace(" |", "** |", 1) for r in ratios]])
+
+
+_BEST = "ours / best other"
+_BOUND = "ours / read()"
+
+
+def _noise(found: Results) -> str:
+    spreads = found.spreads()
+    loads = [r["load"] for r in found.all if "load" in r]
+    return (
+        f"Between the rounds of a figure, highest less lowest is {statistics.median(spreads):.0%} "
+        f"of the median in the middle case, {max(spreads):.0%} in the worst. Load average before "
+        f"a measurement: {statistics.median(loads):.1f}, at most {max(loads):.1f}."
+    )
+
+
+def _second_epochs(found: Results, loaders: Iterable[str]) -> str:
+    rows = []
+    for loader in loaders:
+        for column, where in _COLUMNS.items():
+            again = [r["second"]["rows_s"] for r in found.found(loader, *where) if "second" in r]
+            if again and None not in again:
+                rows.append(f"{column} {statistics.median(again):,.0f}")
+        if rows:
+            return (
+                f"{loader} keeps a copy on the local disk; the second epoch, rows/s: "
+                + ", ".join(rows)
+                + "."
+            )
+    return "No loader kept a copy of its own."
+
+
+def _resumes(found: Results, loaders: Iterable[str]) -> str:
+    columns = ["ms", "ms, 2 workers", "state, kB", "rows twice", "rows missing"]
+
+    def cell(loader: str, column: str) -> str:
+        if column.startswith("ms"):
+            workers = 2 if "workers" in column else 0
+            return _ms(found.median(loader, "resume", workers, "first_batch_s"))
+        each = [r for workers in (0, 2) for r in found.found(loader, "resume", workers)]
+        if not each:
+            return _NONE
+        if column.startswith("state"):
+            return f"{max(r['state_bytes'] for r in each) / 1000:.1f}"
+        values = [r["twice" if "twice" in column else "missing"] for r in each]
+        return "not known" if None in values else f"{max(values):,}"
+
+    return _table(columns, loaders, cell)
+
+
+def _memory(found: Results, loaders: Iterable[str]) -> str:
+    columns = [
+        f"{label}{', 2 workers' * (workers > 0)}"
+        for workers in (0, 2)
+        for label in ("own, to 25 %", "own, to the end", "mapped files")
+    ]
+
+    def cell(loader: str, column: str) -> str:
+        each = found.found(loader, "memory", 2 if "workers" in column else 0)
+        if not each or not each[0].get("readings"):
+            return _NONE
+        readings, before, rows = each[0]["readings"], each[0]["before"], each[0]["rows"]
+        if column.startswith("mapped"):
+            return _mb(max(r[2] for r in readings) - before["mapped_bytes"])
+        until = _QUARTER * rows if "25" in column else rows
+        peaks = [r[1] for r in readings if r[0] <= until]
+        return _mb(max(peaks) - before["own_bytes"]) if peaks else _NONE
+
+    return _table(columns, loaders, cell)
+
+
+def _sizes(found: Results, loaders: Iterable[str]) -> str:
+    def cell(loader: str, column: str) -> str:
+        each = found.found(loader, "write", 0)
+        if not each:
+            return _NONE
+        return _mb(each[0]["bytes"]) if column == "MB" else f"{each[0][column]:,.0f}"
+
+    return _table(["MB", "files", "seconds"], loaders, cell)
+
+
+def _setups(loaders: Mapping[str, type[Loader]]) -> str:
+    return "\n".join(f"- **{name}**: {kind.how}." for name, kind in loaders.items())
+
+
+def _gaps(results: Sequence[Mapping[str, Any]], loaders: Mapping[str, type[Loader]]) -> str:
+    lines = [
+        f"- {name}, {_WORDS.get(what, what)}: {why}."
+        for name, kind in loaders.items()
+        for what, why in kind.lacks.items()
+    ]
+    known = {name_of(r) for r in results if "result" in r}
+    failed = {name_of(r): r for r in results if "error" in r and name_of(r) not in known}
+    lines += [
+        f"- failed: {r['loader']}, {r['corpus']} on {r['store']}, {r['measure']} with "
+        f"{r['num_workers']} workers, round {r['repeat'] + 1}: `{r['error'][-200:]}`"
+        for r in failed.values()
+    ]
+    return "\n".join(lines)
+
+
+def _ms(seconds: float | None) -> str:
+    return _NONE if seconds is None else f"{1000 * seconds:,.0f}"
+
+
+def _mb(num_bytes: float) -> str:
+    return f"{num_bytes / 1e6:,.0f}"
+
+
+_WORDS = {"by_key": "by key", "resume": "going on", "s3": "from S3"}
+
+_METHOD = """\
+- **Same payload.** Every loader stores the codes, scales, positions, sizes and keys of the same
+  random rows and gives, in the consumer's process, batches of 64 rows as torch tensors: codes in
+  one int8 tensor, row after row, the scales, the positions and the sizes likewise, and a list of
+  keys. Before anything is timed a batch in order, a shuffled one and one by key are compared byte
+  by byte with what was written. Nothing is unpacked to floats. The consumer reads one byte of
+  every page of the codes.
+- **Memory of their own.** Batches lie in memory that is nobody else's, so that a consumer can write
+  to it; a loader whose pages are a mapped file's is given one copy, one whose buffers are its own
+  (Arrow's, Lance's) is not. In a worker that copy goes to shared memory, as torch's own collate
+  does it.
+- **Checks.** This project's loader checks every row against its checksums. The others do not check,
+  beyond what their transport does.
+- **Turns.** Every figure is measured in a process of its own, one after the other over the loaders
+  (from S3: all figures of a loader, then the next), and so for each round; the tables give medians.
+  A measurement ends after an epoch or the time limit. Steady rates are those between 20 % and 80 %
+  of the rows, because loaders that read ahead have the last rows ready and make the first ones
+  wait; where the limit came first, from 20 % of what was read.
+- **Shuffles differ.** *Arrow*, *Lance* and *plain file* give any row at any time; litdata shuffles
+  chunks and the rows within; *Parquet stream* and *webdataset* shuffle files and a buffer of 1,000
+  rows; this project shuffles row groups and the rows within.
+- **Local disk**: the files are read once right before each measurement, so they come from the page
+  cache. `read()` reads the bytes of this project's Parquet files in pieces of 8 MiB into one
+  buffer; from S3, in ranged GETs of 16 MiB by 8 threads. It makes no tensors.
+- **S3** is Ceph's gateway with all its objects in memory, on the same machine: it takes its share
+  of the same cores, and there is no network to wait for. In a round it is started anew for each
+  loader and holds its data alone. A steady rate above that of `read()` means that what was counted
+  had been fetched before.
+- **Going on.** Loaders without a state of their own that torch's sampler drives are put in
+  torchdata's `StatefulDataLoader`. *Twice* and *missing* count rows over both processes.
+- **Memory** is what `/proc/PID/smaps_rollup` says of the process and all below it, read every
+  50 ms, less what the process had after its imports: *own* is anonymous and shared memory, shared
+  pages once; *mapped* is pages of files, which the system can take back. The consumer pauses 20 ms
+  after each batch. Workers that are spawned import their libraries again, and that counts."""
