@@ -1,5 +1,6 @@
 """The rows of one cache in the order of an epoch."""
 
+import logging
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from pipeline.dataset.order import EpochOrder
 from pipeline.dataset.selection import Filters, Selection, canonical, select_rows
 from pipeline.errors import CacheFormatError
 
+logger = logging.getLogger(__name__)
 Numbers = NDArray[np.int64]
 
 
@@ -155,6 +157,8 @@ class CacheSource:
             keys = places.keys.to_pylist()
             lost = {n: found[key] for n, key in enumerate(keys) if key in found}
             asked = np.setdiff1d(asked, [*lost])
+            for row in lost.values():
+                logger.warning("left out: %s", row.message)
         if self.join is not None:
             columns.update(self.join.of(rows.places.keys.to_pylist()))
         return LoadedRows(

@@ -21,7 +21,7 @@ def on_device(
 
     On an accelerator the codes of the next batch are copied from pinned memory, and unpacked, on a
     stream of their own while the batch before is in use. Tokens may be used on the stream that was
-    current when they were given.
+    current when they were given. A batch whose rows were all damaged is passed over.
 
     Args:
         batches: from a dataset, or a DataLoader over one.
@@ -30,7 +30,7 @@ def on_device(
         dtype: of the features.
 
     Raises:
-        CacheFormatError: a batch is damaged, or has no rows.
+        CacheFormatError: a batch is damaged.
         ValueError: no such form.
     """
     if form not in ("packed", "padded"):
@@ -40,13 +40,14 @@ def on_device(
     def unpacked(batch: Batch) -> PaddedTokens | RaggedTokens:
         return getattr(batch, form)(device=place, dtype=dtype)
 
+    whole = (batch for batch in batches if len(batch))
     if place.type == "cpu":
-        for batch in batches:
+        for batch in whole:
             yield batch, unpacked(batch)
         return
     stream = torch.Stream(device=place)
     ahead: tuple[Batch, Batch, PaddedTokens | RaggedTokens, torch.Event] | None = None
-    for batch in batches:
+    for batch in whole:
         pinned = batch.pin_memory()
         with stream:
             tokens = unpacked(pinned)

@@ -1,15 +1,16 @@
 """Reading objects of S3 by compiled code, several times cheaper than by Python's event loop.
 
 An addition to s3fs, never another identity: region, endpoint and credentials are those that
-botocore finds, as s3fs has them from it. What it cannot do as s3fs would (settings in fsspec's
-configuration, certificates of one's own, proxies), and every answer that is not what was asked for,
-is left to s3fs, with its errors and our retries. Of writing it does nothing.
+botocore finds, as s3fs has them from it; certificates of one's own are trusted beside the system's.
+What it cannot do as s3fs would (settings in fsspec's configuration, proxies), and every answer that
+is not what was asked for, is left to s3fs, with its errors and our retries. It writes nothing.
 """
 
 import logging
 import os
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import fsspec.config
@@ -23,10 +24,7 @@ T = TypeVar("T")
 SWITCH = "CARVE_S3_READS"
 """Environment variable: `s3fs` leaves all reads to s3fs."""
 
-_NOT_FOR = (
-    *("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"),
-    *("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"),
-)
+_NOT_FOR = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy")
 _FAILURES = 3  # one after the other: then it is not tried again in this process
 _LONGEST_S = 3600  # of one answer; silence ends it far sooner
 
@@ -123,6 +121,7 @@ def open_native(url: str) -> NativeReader | None:
     settings = _settings()
     if settings is None:
         return None
+    bundle = settings.pop("bundle")
     _first_pid[:] = [os.getpid()]
     bucket = place.partition("/")[0]
     client: Any = {
@@ -131,6 +130,8 @@ def open_native(url: str) -> NativeReader | None:
         "read_timeout": f"{READ_TIMEOUT_S:.0f}s",
         "timeout": f"{_LONGEST_S}s",
     }
+    if bundle is not None:
+        client["root_certificate"] = bundle
     store = obstore.store.S3Store(
         bucket, client_options=client, retry_config={"max_retries": 0}, **settings
     )
@@ -144,7 +145,10 @@ def _is_plain() -> bool:
 
 
 def _settings() -> dict[str, Any] | None:
-    """Return region, endpoint and credentials as botocore finds them; None without credentials."""
+    """Return region, endpoint, certificates and credentials as botocore finds them.
+
+    None without credentials, or where the file of certificates cannot be read.
+    """
     import botocore.session
     from botocore.configprovider import ConfiguredEndpointProvider
 
@@ -163,7 +167,13 @@ def _settings() -> dict[str, Any] | None:
             "expires_at": expires,
         }
 
+    path = session.get_config_variable("ca_bundle") or os.environ.get("REQUESTS_CA_BUNDLE")
+    try:
+        bundle = Path(path).read_bytes() if path else None
+    except OSError:
+        return None
     found = {
+        "bundle": bundle,
         "region": session.get_config_variable("region") or "us-east-1",
         "credential_provider": current,
     }
