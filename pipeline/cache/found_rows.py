@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.cache.places import Places
+from pipeline.cache.places import NUMBERS, Places
 from pipeline.cache.segment_reader import IndexedFile, SegmentReader
 
 Found = tuple[SegmentReader, NDArray[np.int64], NDArray[np.int64]]
@@ -21,12 +21,12 @@ class FoundRows:
 
     def __init__(self, found: Sequence[Found]) -> None:
         self._files: list[IndexedFile] = []
-        asked, rows = [np.empty(0, np.int64)], []
+        asked, rows = [np.empty(0, np.int64)], [np.empty((0, len(NUMBERS) + 1), np.int64)]
         for segment, numbers_asked, numbers in found:
             rows.append(self._with_files(segment, numbers))
             asked.append(numbers_asked)
         self._asked = np.concatenate(asked)
-        self._rows = np.concatenate(rows) if rows else np.empty((0, 1), np.int64)
+        self._rows = np.concatenate(rows)
 
     def missing(self, count: int) -> list[int]:
         """Return which of so many keys have no row."""

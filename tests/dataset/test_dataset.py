@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from pipeline import CarvedDataset, open_cache
+from pipeline import Batch, CarvedDataset, open_cache
 from pipeline.cache.commit import claim_identity
 from pipeline.cache.snapshot import build_snapshot
 from pipeline.carved_cache import CarvedCache
+from pipeline.errors import KeyNotFoundError
 from pipeline.storage import open_store
 from tests.cache.rows import CODEC, IDENTITY, commit_rows, features, make_row
 
@@ -359,3 +360,17 @@ def test_fewer_tokens_of_a_nested_carver_need_no_warning(
     CarvedDataset(cache, keep_tokens=5)
 
     assert warnings_of(caplog) == []
+
+
+@pytest.mark.parametrize("num_rows", [0, 3])
+def test_no_keys_are_no_rows(tmp_path: Path, num_rows: int) -> None:
+    store = open_store(str(tmp_path))
+    claim_identity(store, IDENTITY)
+    commit_rows(store, "a", [make_row(f"k{i}", seed=i) for i in range(num_rows)])
+    opened = open_cache(str(tmp_path))
+
+    assert opened.get_many([]) == []
+    batch = Batch.of_keys(opened, [], columns=["txt"])
+    assert (batch.keys, len(batch), batch.columns) == ([], 0, {"txt": []})
+    with pytest.raises(KeyNotFoundError, match="'k9'"):
+        opened.get_many(["k9"])
