@@ -213,7 +213,7 @@ class Bench:
                 shutil.rmtree(task.cache_dir, ignore_errors=True)
                 return {
                     **_run_process(vars(task), Path(scratch)),
-                    "state_bytes": saved["state_bytes"],
+                    "pickled_state_bytes": saved["state_bytes"],
                 }
             return _run_process(vars(task), Path(scratch))
 

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import pickle
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -198,8 +199,9 @@ def save(task: Task) -> dict[str, Any]:
     for _ in clock.watch(loader.batches(epoch)):
         if clock.rows >= _SAVED_AT * task.num_rows:
             break
-    torch.save((loader.state(), clock.keys, clock.rows), task.state_file)
-    return {**clock.result(task.num_rows), "state_bytes": Path(task.state_file).stat().st_size}
+    state = loader.state()
+    torch.save((state, clock.keys, clock.rows), task.state_file)
+    return {**clock.result(task.num_rows), "state_bytes": len(pickle.dumps(state))}
 
 
 def resume(task: Task) -> dict[str, Any]:

@@ -217,6 +217,8 @@ def _second_epochs(found: Results, loaders: Iterable[str]) -> str:
 
 def _resumes(found: Results, loaders: Iterable[str]) -> str:
     columns = ["ms", "ms, 2 workers", "state, kB", "rows twice", "rows missing"]
+    if not any("pickled_state_bytes" in r for n in loaders for r in found.found(n, "resume", 0)):
+        columns.remove("state, kB")
 
     def cell(loader: str, column: str) -> str:
         if column.startswith("ms"):
@@ -226,7 +228,7 @@ def _resumes(found: Results, loaders: Iterable[str]) -> str:
         if not each:
             return _NONE
         if column.startswith("state"):
-            return f"{max(r['state_bytes'] for r in each) / 1000:.1f}"
+            return f"{max(r['pickled_state_bytes'] for r in each) / 1000:.1f}"
         values = [r["twice" if "twice" in column else "missing"] for r in each]
         return "not known" if None in values else f"{max(values):,}"
 
