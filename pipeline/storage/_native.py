@@ -1,9 +1,10 @@
 """Reading objects of S3 by compiled code, several times cheaper than by Python's event loop.
 
 An addition to s3fs, never another identity: region, endpoint and credentials are those that
-botocore finds, as s3fs has them from it; certificates of one's own are trusted beside the system's.
-What it cannot do as s3fs would (settings in fsspec's configuration, proxies), and every answer that
-is not what was asked for, is left to s3fs, with its errors and our retries. It writes nothing.
+botocore finds, as s3fs has them from it; certificates of one's own are trusted beside those of the
+system. What it cannot do as s3fs would (settings in fsspec's configuration, proxies), and refusals,
+are left to s3fs and its errors; answers that break are asked for again by our retries. It writes
+nothing.
 """
 
 import logging
@@ -17,6 +18,7 @@ import fsspec.config
 from fsspec.core import split_protocol
 
 from pipeline.storage._driver import CONNECT_TIMEOUT_S, READ_TIMEOUT_S, S3
+from pipeline.storage._retry import BrokenAnswerError
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -26,6 +28,7 @@ SWITCH = "CARVE_S3_READS"
 
 _NOT_FOR = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy")
 _FAILURES = 3  # one after the other: then it is not tried again in this process
+_NOT_SENT = "error sending request"
 _LONGEST_S = 3600  # of one answer; silence ends it far sooner
 
 _first_pid: list[int] = []  # of the process in which obstore was used first: it survives no fork
@@ -34,7 +37,8 @@ _first_pid: list[int] = []  # of the process in which obstore was used first: it
 class NativeReader:
     """Reads objects below one bucket. Safe to use from many threads; made by `open_native`.
 
-    All methods return None where s3fs is to be asked instead.
+    All methods return None where s3fs is to be asked instead, and raise `BrokenAnswerError` where
+    asking again may help: that is up to our retries, the third time by s3fs.
 
     Args:
         store: obstore's, of a bucket.
@@ -79,15 +83,17 @@ class NativeReader:
         return path.removeprefix(f"{self._bucket}/")
 
     def _try(self, read: Callable[[], T]) -> T | None:
-        from obstore.exceptions import BaseError
+        from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
 
         if self._failures >= _FAILURES:
             return None
         try:
             found = read()
-        except FileNotFoundError:
+        except (FileNotFoundError, PermissionDeniedError, UnauthenticatedError):
             return None  # s3fs says so, too
         except (BaseError, OSError, ValueError) as err:
+            if "416 Range Not Satisfiable" in str(err):  # an end of a file, or an empty one
+                return None
             with self._lock:
                 self._failures += 1
                 if self._failures == _FAILURES:
@@ -98,7 +104,9 @@ class NativeReader:
                         _FAILURES,
                         type(err).__name__,
                     )
-            return None
+            if _NOT_SENT in str(err):  # no connection, or no trust: s3fs tells which
+                return None
+            raise BrokenAnswerError(" ".join(str(err).split())[:200]) from err
         self._failures = 0
         return found
 
