@@ -145,8 +145,10 @@ def test_a_throttled_request_is_repeated_by_nobody_but_us(readable, action):
     throttled = len(requests_of(proxy, lambda: ACTIONS[action](store)))
 
     assert proxy.pending() == 0
-    # At most one more operation for each refusal; adlfs takes one of its looks-up as a no.
-    assert plain + 2 <= throttled <= 4 * plain
+    # At most one more operation for each refusal; adlfs takes one of its looks-up as a no. gcsfs asks
+    # for an object and a folder at once, and drops the second where the first is answered in time.
+    at_most = 2 if action == "size" else plain
+    assert plain + 2 <= throttled <= 4 * max(plain, at_most)
 
 
 def test_a_store_that_goes_on_throttling_is_an_error_after_eight_requests(readable):
