@@ -145,8 +145,8 @@ def test_a_throttled_request_is_repeated_by_nobody_but_us(readable, action):
     throttled = len(requests_of(proxy, lambda: ACTIONS[action](store)))
 
     assert proxy.pending() == 0
-    # At most one more operation for each refusal; adlfs takes one of its looks-up as a no. gcsfs asks
-    # for an object and a folder at once, and drops the second where the first is answered in time.
+    # At most one more operation for each refusal; adlfs takes one of its looks-up as a no. gcsfs
+    # asks for an object and a folder at once, and drops the second where the first comes in time.
     at_most = 2 if action == "size" else plain
     assert plain + 2 <= throttled <= 4 * max(plain, at_most)
 
