@@ -1,6 +1,5 @@
 """This project's loader, behind the interface of the others."""
 
-import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,12 +13,13 @@ from benchmarks.loaders_base import SEED, Epoch, Loader
 from benchmarks.loaders_batch import BATCH_ROWS, LoadedBatch
 from benchmarks.loaders_inputs import GRID, WIDTH, Row
 from pipeline import Batch, CarvedDataset, open_cache
-from pipeline.cache.commit import Commit, claim_identity, try_commit
+from pipeline.cache.commit import claim_identity, try_commit
 from pipeline.cache.snapshot import build_snapshot
 from pipeline.cache.writer import RowToWrite, ShardWriter
 from pipeline.carved_cache import CarvedCache
-from pipeline.storage import Store, open_store
-from pipeline.types import PackedTokens, ShardRef
+from pipeline.storage import open_store
+from pipeline.types import PackedTokens
+from tests.cache.rows import make_commit
 
 _SETTINGS = {
     "encoder": {"name": "random"},
@@ -61,7 +61,7 @@ class Carvecache(Loader):
                 for number in numbers:
                     writer.write(_row_to_write(self.corpus.row(number)))
                 writer.finish([])
-            _commit(store, writer)
+            try_commit(store, make_commit(writer))
         build_snapshot(store)
 
     def batches(self, epoch: Epoch) -> Iterable[LoadedBatch]:
@@ -126,23 +126,3 @@ def _row_to_write(row: Row) -> RowToWrite:
         image_size=(336, 336),
         columns={},
     )
-
-
-def _commit(store: Store, writer: ShardWriter) -> None:
-    commit = Commit(
-        shard_id=writer.shard_id,
-        shard=ShardRef(url=f"{writer.shard_id}.tar", size=1, etag="e"),
-        work_fingerprint="f" * 16,
-        attempt=writer.attempt,
-        files=tuple(writer.files),
-        num_read=0,
-        num_written=0,
-        rejected={},
-        bytes_in=0,
-        tokens_full=0,
-        tokens_kept=0,
-        bytes_tokens=0,
-        seconds=0.0,
-        committed_at=time.time(),
-    )
-    try_commit(store, commit)

@@ -68,12 +68,6 @@ def claim_artefact(store: Store, kind: str, settings: Mapping[str, Any]) -> None
             ) from None
 
 
-def artefact_version(store: Store) -> int:
-    """Return the format version of the rows of an artefact that was claimed."""
-    record = read_record(store, layout.ARTEFACT_PATH, versions=layout.FORMAT_VERSIONS)
-    return int(record["format_version"])
-
-
 def read_artefact(store: Store, kind: str) -> dict[str, Any]:
     """Return the settings of an artefact.
 

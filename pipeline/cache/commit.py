@@ -211,10 +211,15 @@ def read_identity(store: Store) -> Mapping[str, Any]:
     return identity
 
 
-def rows_version(store: Store) -> int:
-    """Return the format version of the rows that are added to a cache: that of those it has."""
+def rows_version(store: Store, path: str = layout.IDENTITY_PATH) -> int:
+    """Return the format version of the rows that are added to a cache: that of those it has.
+
+    Args:
+        store: of the cache, or artefact.
+        path: of the record that says who it is.
+    """
     try:
-        record = read_record(store, layout.IDENTITY_PATH, versions=layout.FORMAT_VERSIONS)
+        record = read_record(store, path, versions=layout.FORMAT_VERSIONS)
     except NotFoundError:
         return layout.FORMAT_VERSION
     return int(record["format_version"])

@@ -1,6 +1,6 @@
 """Check the bytes of many rows at once: what `row.py` says of one row, for a batch of them."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,19 +47,12 @@ class DamagedRow:
         return cls(key=place.key, path=place.path, offset=place.tokens_offset, message=message)
 
 
-@dataclass(kw_only=True, slots=True)
-class DamagedRows:
-    """Where to put damaged rows instead of raising an error."""
-
-    found: list[DamagedRow] = field(default_factory=list)
-
-
 def unpack_rows(
     fetched: FetchedRows,
     *,
     keep_tokens: int | None,
     url: str,
-    damaged: DamagedRows | None = None,
+    damaged: list[DamagedRow] | None = None,
 ) -> RowBatch:
     """Check rows and cut them.
 
@@ -182,7 +175,7 @@ def _tiles(fetched: FetchedRows, layouts: Numbers) -> list[TileLayout | None]:
 
 
 def _unpack_each(
-    fetched: FetchedRows, keep_tokens: int | None, url: str, damaged: DamagedRows | None
+    fetched: FetchedRows, keep_tokens: int | None, url: str, damaged: list[DamagedRow] | None
 ) -> RowBatch:
     """Check row by row, which finds out what is wrong with which."""
     found, numbers = [], []
@@ -204,7 +197,7 @@ def _unpack_each(
         except CacheFormatError as err:
             if damaged is None:
                 raise
-            damaged.found.append(DamagedRow.of(place, str(err)))
+            damaged.append(DamagedRow.of(place, str(err)))
         else:
             found.append(stored)
             numbers.append(number)

@@ -65,10 +65,7 @@ class PartPlaces:
             NotFoundError: there is no index beside it.
             StorageError: the store cannot be read.
         """
-        parsed = layout.parse_part_path(path)
-        if parsed is None:
-            raise CacheFormatError(f"{self._groups.store.url}/{path} is not the path of a part")
-        shard_id, attempt, number = parsed
+        shard_id, attempt, number = self._parsed(path)
         index = layout.index_path(shard_id, attempt)
         with self._lock:
             kept = self._kept.get(index)
@@ -80,13 +77,31 @@ class PartPlaces:
         return kept[path]
 
     def index_rows(self, path: str) -> pa.Table:
-        """Return what the index of its attempt says of one part, hidden rows too; not kept."""
+        """Return what the index of its attempt says of one part, as stored; not kept."""
+        shard_id, attempt, number = self._parsed(path)
+        rows = self._index_rows(layout.index_path(shard_id, attempt))
+        return rows.filter(pc.equal(rows["part"], number)).sort_by(_ORDER)
+
+    def visible_index(self, path: str) -> pa.Table:
+        """Return `index_rows` without those that an equal key hides."""
+        rows = self.index_rows(path)
+        return rows.filter(pa.array(self._is_visible(rows, path)))
+
+    def _is_visible(self, rows: pa.Table, path: str) -> NDArray[np.bool_]:
+        """Tell of a part's index rows which of them no equal key hides."""
+        known = self._hidden()
+        groups = rows["row_group"].unique().to_pylist()
+        hidden = {g: known[path, g] for g in groups if known.get((path, g))}
+        if not hidden:
+            return np.ones(len(rows), np.bool_)
+        pairs = zip(rows["row_group"].to_pylist(), rows["row"].to_pylist(), strict=True)
+        return np.array([r not in hidden.get(g, ()) for g, r in pairs], np.bool_)
+
+    def _parsed(self, path: str) -> tuple[str, str, int]:
         parsed = layout.parse_part_path(path)
         if parsed is None:
             raise CacheFormatError(f"{self._groups.store.url}/{path} is not the path of a part")
-        shard_id, attempt, number = parsed
-        rows = self._index_rows(layout.index_path(shard_id, attempt))
-        return rows.filter(pc.equal(rows["part"], number))
+        return parsed
 
     def _load(self, shard_id: str, attempt: str, wanted: int) -> Mapping[str, PartRows]:
         """Return the rows of all parts of an attempt that count."""
@@ -112,19 +127,15 @@ class PartPlaces:
         rows = rows.sort_by(_ORDER)
         url = self._groups.store.url
         places = Places.of_index(rows, path, size, url)
-        row_group, row = places.column("row_group"), places.column("row")
+        row_group = places.column("row_group")
         count = int(row_group[-1]) + 1 if len(places) else 0
         if count > len(places):  # every row group has a row
             raise CacheFormatError(
                 f"{url}/{path}: its index names row group {count - 1}; it is damaged"
             )
-        known = self._hidden()
-        hidden = {g: known[path, g] for g in range(count) if known.get((path, g))}
-        if hidden:
-            pairs = zip(row_group.tolist(), row.tolist(), strict=True)
-            seen = np.array([r not in hidden.get(g, ()) for g, r in pairs], np.bool_)
-            places = places.take(np.flatnonzero(seen))
-            row_group = places.column("row_group")
+        seen = self._is_visible(rows, path)
+        if not seen.all():
+            places, row_group = places.take(np.flatnonzero(seen)), row_group[seen]
         return PartRows(places=places, starts=np.searchsorted(row_group, np.arange(count + 1)))
 
     def _keep(self, index: str, parts: Mapping[str, PartRows]) -> None:

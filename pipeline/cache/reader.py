@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pipeline.cache import layout, part_rows
 from pipeline.cache.buffers import BufferPool
 from pipeline.cache.fetch import THREADS
-from pipeline.cache.fetched_rows import DamagedRow, DamagedRows, unpack_rows
+from pipeline.cache.fetched_rows import DamagedRow, unpack_rows
 from pipeline.cache.found_rows import FoundRows
 from pipeline.cache.open_parts import PartRecord
 from pipeline.cache.part_check import PartCheck
@@ -36,8 +36,6 @@ from pipeline.errors import CacheFormatError, KeyNotFoundError, NotFoundError
 from pipeline.storage import Store
 
 __all__ = ["RowPlace", "SnapshotReader"]
-
-_STORED = [("row_group", "ascending"), ("row", "ascending")]
 
 
 @dataclass(kw_only=True)
@@ -72,7 +70,7 @@ class SnapshotReader:
         """Return what the files table says of every part, by file number."""
         return list(self._numbered[0].to_pylist())
 
-    @property
+    @cached_property
     def files(self) -> list[str]:
         """Paths of the parts, by file number: in the order of shard and path."""
         return list(self._numbered[0]["path"].to_pylist())
@@ -134,6 +132,10 @@ class SnapshotReader:
         Hidden rows are not counted. Some 16 bytes a row group stay in memory, and what
         `file_records` tells of each part.
         """
+        return self._row_groups
+
+    @cached_property
+    def _row_groups(self) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int64]]:
         files: list[int] = []
         groups: list[int] = []
         rows: list[int] = []
@@ -157,12 +159,7 @@ class SnapshotReader:
 
     def visible_index(self, path: str) -> pa.Table:
         """Return what the index says of a part, as stored; hidden rows are not among them."""
-        rows = self._parts.index_rows(path).sort_by(_STORED)
-        hidden = {place: rows_of for place, rows_of in self._hidden.items() if place[0] == path}
-        if not hidden:
-            return rows
-        pairs = zip(rows["row_group"].to_pylist(), rows["row"].to_pylist(), strict=True)
-        return rows.filter(pa.array([r not in hidden.get((path, g), ()) for g, r in pairs]))
+        return self._parts.visible_index(path)
 
     def read_batch(
         self,
@@ -171,7 +168,7 @@ class SnapshotReader:
         *,
         allocate: Allocate | None = None,
         pool: Executor | None = None,
-        damaged: DamagedRows | None = None,
+        damaged: list[DamagedRow] | None = None,
     ) -> RowBatch:
         """Fetch and check several rows at once.
 
@@ -319,7 +316,7 @@ class SnapshotReader:
         self,
         places: Places,
         keep_tokens: int | None,
-        damaged: DamagedRows | None,
+        damaged: list[DamagedRow] | None,
         error: CacheFormatError,
     ) -> RowBatch:
         """Read rows one by one, after an error about one of them that does not say which."""
@@ -335,7 +332,7 @@ class SnapshotReader:
                 where = places.where(number, self.store.url)
                 if damaged is None:
                     raise CacheFormatError(f"{where}: {err}") from error
-                damaged.found.append(DamagedRow.of(places.place(number), str(err)))
+                damaged.append(DamagedRow.of(places.place(number), str(err)))
         return joined(good) if good else of_stored(places.slice(0, 0), [])
 
     def _record_of(self, path: str) -> dict[str, Any]:

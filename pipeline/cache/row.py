@@ -21,6 +21,7 @@ little-endian, for K tokens of a codec with A aux bytes a token and a head of H 
 
 import struct
 from dataclasses import dataclass
+from typing import TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +30,7 @@ from pipeline.cache.checksum import crc32c
 from pipeline.errors import CacheFormatError
 from pipeline.types import PackedTokens, TileLayout
 
+Whole = TypeVar("Whole", int, NDArray[np.int64])
 BLOCK_TOKENS = 16
 LEAST_AUX_BYTES = 16  # header, what follows it, and the checksum: less is damaged
 _HEADER = struct.Struct("<BBHI")
@@ -139,15 +141,16 @@ def row_checksum(tokens: bytes | memoryview, aux: bytes | memoryview) -> int:
     return crc32c(aux, crc32c(tokens))
 
 
-def prefix_bytes(tokens_length: int, *, num_tokens: int, keep_tokens: int | None) -> int:
-    """Return how many bytes of `tokens` to fetch for the first `keep_tokens` of a row.
+def prefix_bytes(tokens_length: Whole, *, num_tokens: Whole, keep_tokens: int | None) -> Whole:
+    """Return how many bytes of `tokens` to fetch for the first `keep_tokens` of a row, or of many.
 
-    Whole checksum blocks, so that what is returned has been checked.
+    Whole checksum blocks, so that what is returned has been checked; or all.
     """
-    if keep_tokens is None or keep_tokens >= num_tokens:
+    if keep_tokens is None:
         return tokens_length
     blocks = -(-keep_tokens // BLOCK_TOKENS)
-    return min(tokens_length, blocks * BLOCK_TOKENS * (tokens_length // num_tokens))
+    prefix = blocks * BLOCK_TOKENS * (tokens_length // num_tokens)
+    return cast("Whole", np.minimum(tokens_length, prefix))
 
 
 def unpack_row(

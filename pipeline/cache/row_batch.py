@@ -40,6 +40,11 @@ class RowBatch:
         return len(self.tokens) // int(self.num_tokens.sum()) if len(self) else 0
 
     @property
+    def aux_bytes(self) -> int:
+        """Bytes of one token in `codec_aux`."""
+        return len(self.codec_aux) // int(self.num_tokens.sum()) if len(self) else 0
+
+    @property
     def starts(self) -> Numbers:
         """(B + 1,) where the tokens of each row begin, and their number."""
         return starts_of(self.num_tokens)
@@ -47,7 +52,7 @@ class RowBatch:
     def stored(self, number: int) -> StoredTokens:
         """Return one row alone."""
         start, stop = self.starts[number : number + 2].tolist()
-        width = len(self.codec_aux) // max(1, int(self.num_tokens.sum()))
+        width = self.aux_bytes
         return StoredTokens(
             tokens=self.tokens[start * self.token_bytes : stop * self.token_bytes].tobytes(),
             codec_aux=self.codec_aux[start * width : stop * width].tobytes(),
@@ -61,8 +66,7 @@ class RowBatch:
     def slice(self, start: int, stop: int) -> "RowBatch":
         """Return the rows from `start` to before `stop`; nothing is copied."""
         first, last = int(self.num_tokens[:start].sum()), int(self.num_tokens[:stop].sum())
-        token_bytes = self.token_bytes
-        width = len(self.codec_aux) // max(1, int(self.num_tokens.sum()))
+        token_bytes, width = self.token_bytes, self.aux_bytes
         return RowBatch(
             places=self.places.slice(start, stop),
             num_tokens=self.num_tokens[start:stop],
@@ -76,8 +80,7 @@ class RowBatch:
 
     def take(self, rows: Numbers) -> "RowBatch":
         """Return some of the rows, in the order given, copied."""
-        total = int(self.num_tokens.sum())
-        token_bytes, width = self.token_bytes, len(self.codec_aux) // max(1, total)
+        token_bytes, width = self.token_bytes, self.aux_bytes
         starts, counts = self.starts[:-1][rows], self.num_tokens[rows]
         return RowBatch(
             places=self.places.take(rows),

@@ -93,14 +93,9 @@ def fetch_rows(
 
 
 def wanted_bytes(places: Places, keep_tokens: int | None) -> Numbers:
-    """Return (B,) how many bytes of tokens to fetch of each row: whole checksum blocks, or all."""
-    full = places.column("tokens_length")
-    if keep_tokens is None:
-        return full
-    counts = places.column("num_tokens")
-    blocks = -(-keep_tokens // row.BLOCK_TOKENS)
-    prefix = blocks * row.BLOCK_TOKENS * (full // counts)
-    return np.where(counts <= keep_tokens, full, np.minimum(full, prefix))
+    """Return (B,) how many bytes of tokens to fetch of each row."""
+    lengths, counts = places.column("tokens_length"), places.column("num_tokens")
+    return row.prefix_bytes(lengths, num_tokens=counts, keep_tokens=keep_tokens)
 
 
 def plan_spans(fetched: FetchedRows, *, max_gap: int) -> list[Span]:

@@ -15,8 +15,8 @@ from typing import Any
 
 from pipeline import codecs
 from pipeline.cache import layout
-from pipeline.cache.artefact import artefact_store, artefact_version, claim_artefact
-from pipeline.cache.commit import Commit, list_committed, try_commit
+from pipeline.cache.artefact import artefact_store, claim_artefact
+from pipeline.cache.commit import Commit, list_committed, rows_version, try_commit
 from pipeline.cache.reader import RowPlace
 from pipeline.cache.row import pack_aux
 from pipeline.cache.snapshot import build_snapshot
@@ -179,7 +179,7 @@ class _Maker:
             attempt=f"{int(started):x}-{uuid.uuid4().hex[:12]}",
             columns=(),
             metadata={"kind": KIND, "fingerprint": self.fingerprint, "settings": self.settings},
-            format_version=artefact_version(self.store),
+            format_version=rows_version(self.store, layout.ARTEFACT_PATH),
         ) as writer:
             for path, group in work.groups:
                 for row in self._rows(path, group, rejected, counts):

@@ -14,6 +14,7 @@ from pipeline.cache.row_batch import RowBatch
 from pipeline.cache.row_place import RowPlace
 from pipeline.carved_cache import CachedImage, CarvedCache, unpack_images
 from pipeline.codecs import Codec
+from pipeline.dataset import columns
 from pipeline.dataset.columns import Columns
 from pipeline.dataset.shared_memory import SharedBytes
 from pipeline.errors import CacheFormatError
@@ -237,9 +238,7 @@ def collate(rows: Sequence[PackedRow]) -> Batch:
     return Batch(
         codec=pieces[0].codec,
         rows=row_batch.joined([p.rows for p in pieces]),
-        columns={
-            name: [value for p in pieces for value in p.columns[name]] for name in pieces[0].columns
-        },
+        columns=columns.joined([p.columns for p in pieces]),
     )
 
 

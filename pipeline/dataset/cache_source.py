@@ -4,14 +4,13 @@ import logging
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.cache import layout
-from pipeline.cache.fetched_rows import DamagedRow, DamagedRows
+from pipeline.cache.fetched_rows import DamagedRow
 from pipeline.cache.places import Places
 from pipeline.cache.row_batch import RowBatch
 from pipeline.cache.row_fetch import Allocate, wanted_bytes
@@ -71,8 +70,7 @@ class CacheSource:
 
     def __getstate__(self) -> dict[str, Any]:
         """Travel to another process without what can be computed again."""
-        left = ("_order", "_groups")
-        return {name: value for name, value in self.__dict__.items() if name not in left}
+        return {name: value for name, value in self.__dict__.items() if name != "_order"}
 
     @property
     def codec(self) -> Codec:
@@ -106,15 +104,15 @@ class CacheSource:
     def places(self, epoch: int, positions: Numbers) -> Places:
         """Return where the rows at some positions lie."""
         numbers, rows = self._order_of(epoch).rows(positions)
-        files, groups, _ = self._groups
+        reader = self.cache.reader
+        files, groups, _ = reader.row_groups()
         if self._selection is not None:
             rows = self._selection.visible(numbers, rows)
-        reader, paths = self.cache.reader, self._paths
         pieces: list[Places] = []
         order = np.argsort(files[numbers], kind="stable")
         cuts = np.flatnonzero(np.diff(files[numbers[order]])) + 1
         for mine in np.split(order, cuts) if len(order) else []:
-            part = reader.part_rows(paths[files[numbers[mine[0]]]])
+            part = reader.part_rows(reader.files[files[numbers[mine[0]]]])
             pieces.append(part.places.take(part.starts[groups[numbers[mine]]] + rows[mine]))
         found = Places.joined(pieces)
         is_sorted = bool((np.diff(order) == 1).all())
@@ -133,27 +131,27 @@ class CacheSource:
         """Return a number for each position that is the same for rows that lie together."""
         return self._order_of(epoch).boundaries(positions)
 
-    def load(self, places: Places, allocate: Allocate, pool: Executor | None) -> LoadedRows:
+    def load(self, places: Places, allocate: Allocate | None, pool: Executor | None) -> LoadedRows:
         """Load rows.
 
         Args:
             places: of the rows, as `places` gave them.
-            allocate: returns memory to read into.
+            allocate: returns memory to read into; None for that of each cache's reader.
             pool: reads in parallel what lies apart; None for one after the other.
 
         Raises:
             CacheFormatError: a row is damaged, and damaged rows are not left out.
             StorageError: the store cannot be read.
         """
-        damaged = DamagedRows() if self.skip_damaged else None
+        damaged: list[DamagedRow] | None = [] if self.skip_damaged else None
         rows = self.cache.reader.read_batch(
             places, self.cache.keep_tokens, allocate=allocate, pool=pool, damaged=damaged
         )
         rows, columns = self._with_columns(rows, damaged)
         asked = np.arange(len(places))
         lost: dict[int, DamagedRow] = {}
-        if damaged is not None and damaged.found:
-            found = {row.key: row for row in damaged.found}
+        if damaged:
+            found = {row.key: row for row in damaged}
             keys = places.keys.to_pylist()
             lost = {n: found[key] for n, key in enumerate(keys) if key in found}
             asked = np.setdiff1d(asked, [*lost])
@@ -170,7 +168,7 @@ class CacheSource:
         )
 
     def _with_columns(
-        self, rows: RowBatch, damaged: DamagedRows | None
+        self, rows: RowBatch, damaged: list[DamagedRow] | None
     ) -> tuple[RowBatch, dict[str, Sequence[Any]]]:
         """Return rows with their columns; of a damaged part, those that have any."""
         try:
@@ -183,24 +181,17 @@ class CacheSource:
             try:
                 self._columns.of(rows.places.slice(number, number + 1))
             except CacheFormatError as err:
-                damaged.found.append(DamagedRow.of(rows.places.place(number), str(err)))
+                damaged.append(DamagedRow.of(rows.places.place(number), str(err)))
             else:
                 kept.append(number)
         rows = rows.take(np.array(kept, np.int64))
         return rows, dict(self._columns.of(rows.places))
 
-    @cached_property
-    def _groups(self) -> tuple[NDArray[np.int32], NDArray[np.int32], Numbers]:
-        return self.cache.reader.row_groups()
-
-    @cached_property
-    def _paths(self) -> Sequence[str]:
-        return self.cache.reader.files
-
     def _order_of(self, epoch: int) -> EpochOrder:
         kept: EpochOrder | None = self.__dict__.get("_order")
         if kept is None or kept.epoch != epoch:
-            sizes = self._groups[2] if self._selection is None else self._selection.sizes
+            selection = self._selection
+            sizes = self.cache.reader.row_groups()[2] if selection is None else selection.sizes
             kept = self.__dict__["_order"] = EpochOrder(
                 sizes=sizes,
                 seed=self.shuffle.seed,

@@ -33,7 +33,7 @@ class CarvedDataset(RowDataset):
     workers run ahead, says it; `load_state_dict` goes on from there on any number of ranks and
     workers, without reading what was taken.
 
-    Memory: `prefetch_bytes`, 28 bytes a row group, up to 2 kB a part (`benchmarks/scale.md`), and
+    Memory: `prefetch_bytes`, 32 bytes a row group, up to 2 kB a part (`benchmarks/scale.md`), and
     of the index no more than 2^19 rows.
 
     Args:

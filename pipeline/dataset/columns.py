@@ -2,7 +2,7 @@
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,11 @@ from pipeline.cache.places import Places
 from pipeline.cache.reader import SnapshotReader
 
 _MAX_ROWS = 1 << 16  # kept
+
+
+def joined(pieces: Sequence[Mapping[str, Sequence[Any]]]) -> dict[str, list[Any]]:
+    """Return the columns of several batches, which have the same, as those of one."""
+    return {name: [value for piece in pieces for value in piece[name]] for name in pieces[0]}
 
 
 class Columns:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from pipeline.cache import row_batch
 from pipeline.cache.fetched_rows import DamagedRow
 from pipeline.cache.row_batch import RowBatch
+from pipeline.dataset import columns
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,9 +49,7 @@ def joined(pieces: Sequence[LoadedRows], lengths: Sequence[int]) -> LoadedRows:
     return LoadedRows(
         rows=row_batch.joined([p.rows for p in pieces]),
         asked=np.concatenate([p.asked + b for p, b in zip(pieces, before, strict=False)]),
-        columns={
-            name: [value for p in pieces for value in p.columns[name]] for name in pieces[0].columns
-        },
+        columns=columns.joined([p.columns for p in pieces]),
         damaged=[row for p in pieces for row in p.damaged],
         damaged_asked=[
             a + b for p, b in zip(pieces, before, strict=False) for a in p.damaged_asked

@@ -117,7 +117,9 @@ class MixedSource:
         """Return how many bytes are fetched of each row."""
         return self._of_each(places, lambda source, some: source.sizes(some))
 
-    def load(self, places: MixedPlaces, allocate: Allocate, pool: Executor | None) -> LoadedRows:
+    def load(
+        self, places: MixedPlaces, allocate: Allocate | None, pool: Executor | None
+    ) -> LoadedRows:
         """Load rows; arguments and errors as of `CacheSource.load`."""
         loaded = [self.sources[n].load(some, allocate, pool) for n, _, some in places.pieces]
         lengths = [len(numbers) for _, numbers, _ in places.pieces]

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from pipeline.cache.buffers import BufferPool
 from pipeline.cache.row_fetch import Allocate
 from pipeline.codecs import Codec
 from pipeline.dataset import batch as batches
@@ -96,7 +95,6 @@ class RowDataset(IterableDataset[Any]):
         self._epoch, self._owner = _shared_number(0), os.getpid()
         self._resume: Resume | None = None
         self._at = _At()
-        self._pool = BufferPool()
         self._slots: SharedSlots | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -235,10 +233,10 @@ class RowDataset(IterableDataset[Any]):
         for share, loaded in stream.load(_after(self._shares(epoch, at.start, reader), skipped)):
             yield from self._give(share, loaded, state, at)
 
-    def _memory(self) -> Allocate:
-        """Return what gives memory: in a DataLoader's worker such as its main process sees."""
+    def _memory(self) -> Allocate | None:
+        """Return what gives a DataLoader's worker memory that its main process sees."""
         if get_worker_info() is None:
-            return self._pool.take
+            return None
         if self._slots is None or not self._slots.is_own:
             self._slots = SharedSlots()
         return self._slots.take

@@ -42,8 +42,7 @@ def select_rows(reader: SnapshotReader, filters: Filters) -> Selection:
     """Find the rows that pass a filter.
 
     Columns of the index (key, num_tokens, grid, width, height, content_hash) are looked up there;
-    for others those columns alone are read of every part, and of `num_tokens` and `key` the
-    statistics of row groups first.
+    for others those columns alone are read of every part.
 
     Args:
         reader: of the cache.

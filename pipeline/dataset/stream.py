@@ -9,11 +9,10 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.cache.fetch import THREADS
+from pipeline.cache.fetch import THREADS, prefetched
 from pipeline.cache.row_fetch import Allocate
 from pipeline.dataset import loaded_rows
 from pipeline.dataset.loaded_rows import LoadedRows
-from pipeline.dataset.prefetch import prefetched
 from pipeline.dataset.shares import Share
 
 Numbers = NDArray[np.int64]
@@ -36,7 +35,7 @@ class Source(Protocol[P]):
     def boundaries(self, epoch: int, positions: Numbers) -> Numbers:
         """Return a number for each position that is the same for rows that lie together."""
 
-    def load(self, places: P, allocate: Allocate, pool: Executor | None) -> LoadedRows:
+    def load(self, places: P, allocate: Allocate | None, pool: Executor | None) -> LoadedRows:
         """Load rows."""
 
 
@@ -51,14 +50,14 @@ class Stream:
     Attributes:
         source: of the rows.
         epoch: whose order.
-        allocate: returns memory to read into.
+        allocate: returns memory to read into; None for that of each cache's reader.
         prefetch_bytes: of rows that are loaded ahead, and of those in use.
         threads: that load and check shares from a local cache.
     """
 
     source: Source[Any]
     epoch: int
-    allocate: Allocate
+    allocate: Allocate | None
     prefetch_bytes: int
     threads: int
 

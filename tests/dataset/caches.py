@@ -1,6 +1,5 @@
 """Small caches in many parts and row groups, and stores that tell what is read of them."""
 
-import io
 import threading
 from collections.abc import Sequence
 from typing import BinaryIO, TypeVar
@@ -14,6 +13,7 @@ from pipeline.cache.snapshot import build_snapshot
 from pipeline.cache.writer import RowToWrite
 from pipeline.carved_cache import CarvedCache
 from pipeline.storage import Store, open_store
+from pipeline.storage._range_reader import RangeReader
 from tests.cache.rows import IDENTITY, commit_rows, make_row
 
 S = TypeVar("S", bound=Store)
@@ -98,35 +98,7 @@ class DistantStore(WatchedStore):
         return None
 
     def open_read(self, path: str) -> BinaryIO:
-        return _Ranges(self, path)  # type: ignore[return-value]
-
-
-class _Ranges(io.RawIOBase):
-    """Reads no byte that it was not asked for."""
-
-    def __init__(self, store: Store, path: str) -> None:
-        self._store, self._path, self._place = store, path, 0
-        self._size = store.size(path)
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._place
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._size}[whence]
-        self._place = start + offset
-        return self._place
-
-    def readinto(self, buffer) -> int:
-        length = max(0, min(len(buffer), self._size - self._place))
-        buffer[:length] = self._store.read_range(self._path, self._place, length)
-        self._place += length
-        return length
+        return RangeReader(self, path)  # type: ignore[return-value]
 
 
 def watched(url: str) -> tuple[CarvedCache, WatchedStore]:

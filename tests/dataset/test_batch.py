@@ -327,7 +327,8 @@ def test_epochs_use_the_memory_of_the_first_again(
     large: CarvedCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = counted(monkeypatch)
-    dataset = CarvedDataset(large, batch_size=4, shuffle=True, prefetch_bytes=5 << 20)
+    fresh = open_cache(large.reader.store.url)  # whose reader has no memory yet
+    dataset = CarvedDataset(fresh, batch_size=4, shuffle=True, prefetch_bytes=5 << 20)
 
     for epoch in range(5):
         dataset.set_epoch(epoch)
