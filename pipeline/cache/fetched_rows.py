@@ -3,15 +3,16 @@
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pipeline.cache import row
-from pipeline.cache.checksum import crc32c
+from pipeline.cache.checksum import Sums, crc32c, joined_crc32c
 from pipeline.cache.places import Places
-from pipeline.cache.row_batch import Bytes, Numbers, RowBatch, of_stored, runs, starts_of
+from pipeline.cache.row_batch import Bytes, Numbers, RowBatch, of_stored, runs
 from pipeline.cache.row_place import RowPlace
 from pipeline.errors import CacheFormatError
 from pipeline.types import TileLayout
+
+_SUM_OF_INTACT_AUX = crc32c(bytes(4))  # of any bytes that end with their own checksum
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,6 +24,8 @@ class FetchedRows:
     tokens_at: Numbers  # (B,) where the tokens of each begin in the buffer
     tokens_length: Numbers  # (B,) bytes fetched: whole checksum blocks, or all
     aux_at: Numbers  # (B,) likewise its aux, which is there whole
+    token_sums: Sums  # (B,) checksum of all that was fetched of the tokens of each
+    aux_sums: Sums  # (B,) likewise of its aux
 
     def row_bytes(self, number: int) -> tuple[memoryview, memoryview]:
         """Return tokens and aux of one row."""
@@ -107,7 +110,13 @@ def _unpack_at_once(fetched: FetchedRows, keep_tokens: int | None) -> RowBatch |
     kept = counts if keep_tokens is None else np.minimum(counts, keep_tokens)
     crcs_at = starts + counts * (8 + width)
     crcs = runs(buffer, crcs_at, 4 * -(-kept // block)).view("<u4")
-    if not _are_blocks_intact(fetched, crcs, kept, block, token_bytes):
+    last_bytes = fetched.tokens_length - (-(-kept // block) - 1) * block * token_bytes
+    if (last_bytes < 1).any() or (last_bytes > block * token_bytes).any():
+        return None
+    expected = joined_crc32c(
+        crcs, -(-kept // block), block_bytes=block * token_bytes, last_bytes=last_bytes
+    )
+    if (expected != fetched.token_sums).any():
         return None
     has_heads, has_tiles = bool(head_lengths.any()), bool((layouts == 3).any())
     return RowBatch(
@@ -123,32 +132,11 @@ def _unpack_at_once(fetched: FetchedRows, keep_tokens: int | None) -> RowBatch |
 
 
 def _are_aux_intact(fetched: FetchedRows, aux_length: Numbers) -> bool:
-    view, ends = fetched.buffer.data, fetched.aux_at + aux_length - 4
-    stored = _fields(fetched.buffer, ends, 4).view("<u4").reshape(-1)
-    spans = zip(fetched.aux_at.tolist(), ends.tolist(), strict=True)
-    if [crc32c(view[start:stop]) for start, stop in spans] != stored.tolist():
+    if (fetched.aux_sums != _SUM_OF_INTACT_AUX).any():
         return False
+    stored = _fields(fetched.buffer, fetched.aux_at + aux_length - 4, 4).view("<u4").reshape(-1)
     indexed = fetched.places.column("aux_crc32c")
     return bool(((indexed == stored) | (indexed < 0)).all())
-
-
-def _are_blocks_intact(
-    fetched: FetchedRows,
-    crcs: NDArray[np.uint32],
-    kept: Numbers,
-    block_tokens: int,
-    token_bytes: int,
-) -> bool:
-    """Compare blocks of tokens with their checksums."""
-    view, block = fetched.buffer.data, block_tokens * token_bytes
-    per_row = -(-kept // block_tokens)
-    number = np.arange(int(per_row.sum())) - np.repeat(starts_of(per_row)[:-1], per_row)
-    starts = np.repeat(fetched.tokens_at, per_row) + number * block
-    stops = np.minimum(
-        starts + block, np.repeat(fetched.tokens_at + fetched.tokens_length, per_row)
-    )
-    spans = zip(starts.tolist(), stops.tolist(), strict=True)
-    return [crc32c(view[start:stop]) for start, stop in spans] == crcs.tolist()
 
 
 def _tokens(fetched: FetchedRows, kept: Numbers) -> Bytes:

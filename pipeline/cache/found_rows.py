@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.cache.places import NUMBERS, Places
+from pipeline.cache.places import NUMBERS, Places, as_keys
 from pipeline.cache.segment_reader import IndexedFile, SegmentReader
 
 Found = tuple[SegmentReader, NDArray[np.int64], NDArray[np.int64]]
@@ -45,7 +44,7 @@ class FoundRows:
         sizes = np.array([file.size for file in self._files], np.int64)
         places = Places(
             numbers=numbers,
-            keys=pa.array(keys, pa.string()),
+            keys=as_keys(keys),
             paths=[file.path for file in self._files],
         )
         return places, sizes[numbers[:, 0]]

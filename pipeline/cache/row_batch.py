@@ -125,16 +125,18 @@ def runs(values: NDArray[V], starts: Numbers, lengths: Numbers) -> NDArray[V]:
     """Return pieces of an array, one behind the other, copied."""
     if not len(starts):
         return values[:0].copy()
-    length = int(lengths[0])
-    step = int(starts[1] - starts[0]) if len(starts) > 1 else max(1, length)
-    is_even = step >= length > 0 and (lengths == length).all()
-    if is_even and (np.diff(starts) == step).all():
-        first, last = int(starts[0]), int(starts[0]) + step * len(starts)
-        if last <= len(values):
-            pieces = values[first:last].reshape(len(starts), step)[:, :length]
-            return np.ascontiguousarray(pieces).reshape(-1)
+    length, first = int(lengths[0]), int(starts[0])
+    step = int(starts[1]) - first if len(starts) > 1 else max(1, length)
+    if step > 0 and (lengths == length).all() and (np.diff(starts) == step).all():
+        size = values.itemsize
+        shape, strides = (len(starts), length), (step * size, size)
+        pieces: NDArray[V] = np.ndarray(shape, values.dtype, values, first * size, strides)
+        return np.ascontiguousarray(pieces).reshape(-1)
     spans = zip(starts.tolist(), (starts + lengths).tolist(), strict=True)
-    return np.concatenate([values[start:stop] for start, stop in spans])
+    view = values.data
+    # Several times faster than to concatenate arrays; writable, as batches are.
+    content = bytearray().join([view[start:stop] for start, stop in spans])
+    return np.frombuffer(content, values.dtype)
 
 
 def of_stored(places: Places, rows: Sequence[StoredTokens]) -> RowBatch:

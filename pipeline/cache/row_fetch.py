@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.cache import row
+from pipeline.cache.checksum import Sums, crc32c
 from pipeline.cache.fetched_rows import FetchedRows
 from pipeline.cache.places import Places
 from pipeline.cache.row_batch import Bytes, Numbers, starts_of
@@ -20,7 +21,8 @@ _ALIGNMENT = 8  # of each row's aux in the buffer
 _LOCAL_GAP = 4 << 10  # headers of pages between rows: passed over, not read anew
 _REMOTE_GAP = 256 << 10  # bytes that take less time than another request
 _DROPPED = memoryview(bytearray(max(_LOCAL_GAP, _REMOTE_GAP)))
-_LARGEST_SPAN = 16 << 20  # of one request; more in parallel are faster
+_LOCAL_SPAN = 2 << 20  # read, then summed while it still is in the processor's cache
+_REMOTE_SPAN = 16 << 20  # of one request; more in parallel are faster
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,20 +31,30 @@ class Span:
 
     path: str
     start: int
-    pieces: Sequence[tuple[int, int, int]]  # bytes passed over before it, place in buffer, length
+    gaps: Sequence[int]  # bytes passed over before each piece
+    starts: Sequence[int]  # where it goes in the buffer
+    lengths: Sequence[int]
+    numbers: Sequence[int]  # which of the rows' tokens it is, or behind them which aux
 
     @property
     def length(self) -> int:
         """Bytes that are read."""
-        return sum(gap + length for gap, _, length in self.pieces)
+        return sum(self.gaps) + sum(self.lengths)
 
-    def views(self, buffer: memoryview) -> list[memoryview]:
+    def pieces(self, buffer: memoryview) -> list[memoryview]:
+        """Return where its pieces go."""
+        places = zip(self.starts, self.lengths, strict=True)
+        return [buffer[start : start + length] for start, length in places]
+
+    def views(self, pieces: list[memoryview]) -> list[memoryview]:
         """Return where its bytes go: what lies between pieces to a place that nobody reads."""
+        if not any(self.gaps):
+            return pieces
         views = []
-        for gap, at, length in self.pieces:
+        for gap, piece in zip(self.gaps, pieces, strict=True):
             if gap:
                 views.append(_DROPPED[:gap])
-            views.append(buffer[at : at + length])
+            views.append(piece)
         return views
 
 
@@ -72,22 +84,29 @@ def fetch_rows(
     tokens_at = starts_of(lengths)
     aligned = -(-aux_lengths // _ALIGNMENT) * _ALIGNMENT
     aux_at = starts_of(aligned) + -(-tokens_at[-1] // _ALIGNMENT) * _ALIGNMENT
-    buffer = allocate(int(aux_at[-1]))
+    sums = np.zeros(2 * len(places), np.uint32)
     fetched = FetchedRows(
         places=places,
-        buffer=buffer,
+        buffer=allocate(int(aux_at[-1])),
         tokens_at=tokens_at[:-1],
         tokens_length=lengths,
         aux_at=aux_at[:-1],
+        token_sums=sums[: len(places)],
+        aux_sums=sums[len(places) :],
     )
     is_local = store.local_path("") is not None
-    spans = plan_spans(fetched, max_gap=_LOCAL_GAP if is_local else _REMOTE_GAP)
-    view = buffer.data
-    if pool is None or len(spans) < 2:
-        for path, some in itertools.groupby(spans, key=lambda span: span.path):
-            _read(store, path, list(some), view)
+    spans = plan_spans(
+        fetched,
+        max_gap=_LOCAL_GAP if is_local else _REMOTE_GAP,
+        max_bytes=_LOCAL_SPAN if is_local else _REMOTE_SPAN,
+    )
+    reads = list(_together(spans) if pool is None else ([span] for span in spans))
+    view = fetched.buffer.data
+    if pool is None or len(reads) < 2:
+        for some in reads:
+            _read(store, some, view, sums)
     else:
-        for _ in pool.map(lambda span: _read(store, span.path, [span], view), spans):
+        for _ in pool.map(lambda some: _read(store, some, view, sums), reads):
             pass
     return fetched
 
@@ -98,12 +117,13 @@ def wanted_bytes(places: Places, keep_tokens: int | None) -> Numbers:
     return row.prefix_bytes(lengths, num_tokens=counts, keep_tokens=keep_tokens)
 
 
-def plan_spans(fetched: FetchedRows, *, max_gap: int) -> list[Span]:
-    """Return the reads that bring all rows into their buffer.
+def plan_spans(fetched: FetchedRows, *, max_gap: int, max_bytes: int) -> Iterator[Span]:
+    """Yield the reads that bring all rows into their buffer.
 
     Args:
         fetched: the rows.
         max_gap: bytes that are rather read and dropped than passed over by another read.
+        max_bytes: a read of so many is ended.
     """
     places = fetched.places
     paths = np.concatenate([places.column("path")] * 2)
@@ -112,41 +132,62 @@ def plan_spans(fetched: FetchedRows, *, max_gap: int) -> list[Span]:
     at = np.concatenate([fetched.tokens_at, fetched.aux_at])
     order = np.lexsort((starts, paths))
     paths, starts, lengths, at = paths[order], starts[order], lengths[order], at[order]
+    ends = starts + lengths
     gaps = np.zeros_like(starts)
-    gaps[1:] = starts[1:] - (starts[:-1] + lengths[:-1])
-    is_new = np.ones(len(starts), np.bool_)
+    gaps[1:] = starts[1:] - ends[:-1]
     # Rows that overlap (one asked for twice) are read by reads of their own.
-    is_new[1:] = (paths[1:] != paths[:-1]) | (gaps[1:] < 0) | (gaps[1:] > max_gap)
-    return list(_spans(places.paths, paths, starts, is_new, (gaps, at, lengths)))
+    is_new = (gaps < 0) | (gaps > max_gap)
+    is_new[1:] |= paths[1:] != paths[:-1]
+    is_new[:1] = True
+    gaps[is_new] = 0
+    cuts = [*_cuts(np.flatnonzero(is_new), starts, ends, max_bytes), len(starts)]
+    gap, place, length, number = (v.tolist() for v in (gaps, at, lengths, order))
+    for first, end in itertools.pairwise(cuts):
+        yield Span(
+            path=places.paths[int(paths[first])],
+            start=int(starts[first]),
+            gaps=[0, *gap[first + 1 : end]],
+            starts=place[first:end],
+            lengths=length[first:end],
+            numbers=number[first:end],
+        )
 
 
-def _spans(
-    names: Sequence[str],
-    paths: Numbers,
-    starts: Numbers,
-    is_new: np.ndarray,
-    pieces: tuple[Numbers, Numbers, Numbers],
-) -> Iterator[Span]:
-    gaps, at, lengths = (values.tolist() for values in pieces)
-    first = 0
+def _cuts(runs: Numbers, starts: Numbers, ends: Numbers, max_bytes: int) -> list[int]:
+    """Return where reads begin: with each run, and in one as soon as a read has its bytes."""
+    last = np.append(runs[1:], len(starts))[: len(runs)] - 1
+    if (ends[last] - starts[runs] <= max_bytes).all():
+        return list(runs.tolist())
+    cuts: list[int] = []
+    for first, end in zip(runs.tolist(), (last + 1).tolist(), strict=True):
+        begin = first
+        while begin < end:
+            cuts.append(begin)
+            begin += int(np.searchsorted(ends[begin:end], starts[begin] + max_bytes)) + 1
+    return cuts
+
+
+def _together(spans: Iterator[Span]) -> Iterator[list[Span]]:
+    """Yield spans of one part that are read one after the other, then summed."""
+    held: list[Span] = []
     size = 0
-    for number in range(len(starts) + 1):
-        is_end = number == len(starts)
-        if number > first and (is_end or is_new[number] or size >= _LARGEST_SPAN):
-            mine = list(
-                zip(gaps[first:number], at[first:number], lengths[first:number], strict=True)
-            )
-            mine[0] = (0, *mine[0][1:])
-            yield Span(path=names[int(paths[first])], start=int(starts[first]), pieces=mine)
-            first, size = number, 0
-        if not is_end:
-            size += lengths[number]
+    for span in spans:
+        if held and (span.path != held[0].path or size >= _LOCAL_SPAN):
+            yield held
+            held, size = [], 0
+        held.append(span)
+        size += span.length
+    if held:
+        yield held
 
 
-def _read(store: Store, path: str, spans: Sequence[Span], view: memoryview) -> None:
-    """Read spans of one part."""
+def _read(store: Store, spans: Sequence[Span], view: memoryview, sums: Sums) -> None:
+    """Read spans of one part, and sum what was read."""
+    path = spans[0].path
+    pieces = [span.pieces(view) for span in spans]
+    asked = zip(spans, pieces, strict=True)
     try:
-        store.read_spans(path, [(span.start, span.views(view)) for span in spans])
+        store.read_spans(path, [(span.start, span.views(own)) for span, own in asked])
     except NotFoundError:
         raise
     except StorageError as err:
@@ -157,3 +198,5 @@ def _read(store: Store, path: str, spans: Sequence[Span], view: memoryview) -> N
                 "it; the file is damaged"
             ) from err
         raise
+    for span, own in zip(spans, pieces, strict=True):
+        sums[span.numbers] = [crc32c(piece) for piece in own]

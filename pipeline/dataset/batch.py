@@ -103,7 +103,7 @@ class Batch:
     @property
     def keys(self) -> list[str]:
         """Keys, in the order of the batch."""
-        return list(self.rows.places.keys.to_pylist())
+        return list(self.rows.places.keys.tolist())
 
     @property
     def places(self) -> list[RowPlace]:

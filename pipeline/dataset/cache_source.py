@@ -152,13 +152,13 @@ class CacheSource:
         lost: dict[int, DamagedRow] = {}
         if damaged:
             found = {row.key: row for row in damaged}
-            keys = places.keys.to_pylist()
+            keys = places.keys.tolist()
             lost = {n: found[key] for n, key in enumerate(keys) if key in found}
             asked = np.setdiff1d(asked, [*lost])
             for row in lost.values():
                 logger.warning("left out: %s", row.message)
         if self.join is not None:
-            columns.update(self.join.of(rows.places.keys.to_pylist()))
+            columns.update(self.join.of(rows.places.keys.tolist()))
         return LoadedRows(
             rows=rows,
             asked=asked,

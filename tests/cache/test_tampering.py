@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import CarvedDataset, codecs, open_cache
+from pipeline.cache.checksum import crc32c
 from pipeline.cache.commit import Commit, claim_identity
 from pipeline.cache.fetched_rows import FetchedRows, unpack_rows
 from pipeline.cache.places import Places
@@ -169,12 +170,15 @@ def test_a_changed_byte_of_tokens_aux_or_head_is_found_by_all(cache: Cache, data
 
 def fetched(place: RowPlace, content: bytes) -> FetchedRows:
     places = Places.of([place])
+    tokens, aux = content[: place.tokens_length], content[place.tokens_length :]
     return FetchedRows(
         places=places,
         buffer=np.frombuffer(bytearray(content), np.uint8),
         tokens_at=np.array([0]),
         tokens_length=places.column("tokens_length"),
         aux_at=places.column("tokens_length"),
+        token_sums=np.array([crc32c(tokens)], np.uint32),
+        aux_sums=np.array([crc32c(aux)], np.uint32),
     )
 
 
