@@ -2,7 +2,7 @@
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipeline.cache import layout, parquet
+from pipeline.cache.fetch import in_order
 from pipeline.cache.places import Places
 from pipeline.cache.row_groups import RowGroups
 from pipeline.errors import CacheFormatError, NotFoundError
@@ -75,6 +76,21 @@ class PartPlaces:
             kept = self._load(shard_id, attempt, number)
             self._keep(index, kept)
         return kept[path]
+
+    def read_ahead(self, paths: Iterable[str]) -> None:
+        """Read the rows of parts that are not in memory, at once where the store is remote.
+
+        Raises:
+            CacheFormatError, NotFoundError, StorageError: as `part` does.
+        """
+        if self._groups.store.local_path("") is not None:
+            return
+        one_of = {layout.index_path(*self._parsed(path)[:2]): path for path in paths}
+        with self._lock:
+            missing = [path for index, path in one_of.items() if index not in self._kept]
+        if len(missing) > 1:
+            for _ in in_order(self.part, missing):
+                pass
 
     def index_rows(self, path: str) -> pa.Table:
         """Return what the index of its attempt says of one part, as stored; not kept."""

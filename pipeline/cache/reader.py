@@ -2,7 +2,7 @@
 
 import bisect
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -156,6 +156,10 @@ class SnapshotReader:
         They are read from the index of the attempt, which stays in memory for a while.
         """
         return self._parts.part(path)
+
+    def read_part_rows(self, paths: Iterable[str]) -> None:
+        """Read what `part_rows` gives of several parts, at once where the store is remote."""
+        self._parts.read_ahead(paths)
 
     def visible_index(self, path: str) -> pa.Table:
         """Return what the index says of a part, as stored; hidden rows are not among them."""

@@ -111,6 +111,7 @@ class CacheSource:
         pieces: list[Places] = []
         order = np.argsort(files[numbers], kind="stable")
         cuts = np.flatnonzero(np.diff(files[numbers[order]])) + 1
+        reader.read_part_rows(reader.files[file] for file in np.unique(files[numbers]).tolist())
         for mine in np.split(order, cuts) if len(order) else []:
             part = reader.part_rows(reader.files[files[numbers[mine[0]]]])
             pieces.append(part.places.take(part.starts[groups[numbers[mine]]] + rows[mine]))

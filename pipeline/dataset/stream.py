@@ -1,5 +1,7 @@
 """Load the shares of one reader: what lies together by one request, the next ones ahead."""
 
+import itertools
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -75,44 +77,70 @@ class Stream:
             for (share, _), loaded in batches:
                 yield share, loaded
             return
+        yield from self._load_units(shares)
+
+    def _load_units(self, shares: Iterable[Share]) -> Iterator[tuple[Share, LoadedRows]]:
+        ahead: deque[Share] = deque()
+        has_first = threading.Event()
+
+        def fetch(positions: Numbers) -> LoadedRows:
+            try:
+                places = self.source.places(self.epoch, positions)
+                return self.source.load(places, self.allocate, pool)
+            finally:
+                has_first.set()
+
         with ThreadPoolExecutor(THREADS, thread_name_prefix="carve-fetch") as pool:
-            ahead: deque[Share] = deque()
             units = prefetched(
-                lambda positions: self.source.load(
-                    self.source.places(self.epoch, positions), self.allocate, pool
-                ),
-                self._units(shares, ahead),
+                fetch,
+                self._units(shares, ahead, has_first),
                 max_bytes=self.prefetch_bytes,
                 threads=2,
+                in_thread=True,
             )
-            yield from _cut(units, ahead)
+            try:
+                yield from _cut(units, ahead)
+            finally:
+                has_first.set()
+                units.close()
 
     def _located(self, share: Share) -> tuple[tuple[Share, Any], int]:
         places = self.source.places(self.epoch, share.positions)
         return (share, places), int(self.source.sizes(places).sum())
 
-    def _units(self, shares: Iterable[Share], ahead: deque[Share]) -> Iterator[tuple[Numbers, int]]:
-        """Yield the positions that are fetched at once, with their bytes; put shares in `ahead`."""
+    def _units(
+        self, shares: Iterable[Share], ahead: deque[Share], has_first: threading.Event
+    ) -> Iterator[tuple[Numbers, int]]:
+        """Yield the positions that are fetched at once, with their bytes; put shares in `ahead`.
+
+        Those behind the first share wait for it: it is sooner there alone.
+        """
+        left = iter(shares)
+        for share in itertools.islice(left, 1):
+            ahead.append(share)
+            yield share.positions, int(self._sizes(share).sum())
         largest = max(1, self.prefetch_bytes // 2)
         held: list[Numbers] = []
         held_bytes, together = 0, -1
-        for number, share in enumerate(shares):
+        for share in left:
             ahead.append(share)
-            sizes = self.source.sizes(self.source.places(self.epoch, share.positions))
-            if number == 0:
-                yield share.positions, int(sizes.sum())
-                continue
+            sizes = self._sizes(share)
             marks = self.source.boundaries(self.epoch, share.positions)
             cuts = np.flatnonzero(np.diff(marks)) + 1
             for rows in np.split(np.arange(len(marks)), cuts):
                 size, mark = int(sizes[rows].sum()), int(marks[rows[0]])
                 if held and (mark != together or held_bytes + size > largest):
+                    has_first.wait()
                     yield np.concatenate(held), held_bytes
                     held, held_bytes = [], 0
                 held.append(share.positions[rows])
                 held_bytes, together = held_bytes + size, mark
         if held:
+            has_first.wait()
             yield np.concatenate(held), held_bytes
+
+    def _sizes(self, share: Share) -> Numbers:
+        return self.source.sizes(self.source.places(self.epoch, share.positions))
 
 
 def _cut(
