@@ -40,8 +40,9 @@ class Carvecache(Loader):
     how: ClassVar[str] = (
         "`ShardWriter` with its default sizes; `CarvedDataset(cache, batch_size=64, shuffle=...)` "
         "as it comes, which reads and checks in a thread; with two workers in "
-        "`DataLoader(dataset, batch_size=None, num_workers=2)`; by key `Batch.of_keys`; shuffled "
-        "within windows of 1,024 rows of permuted row groups; every row's checksums are checked"
+        "`DataLoader(dataset, batch_size=None, num_workers=2)`, shuffled from S3 as docs/loader.md "
+        "advises: workers spawned, two lanes; by key `Batch.of_keys`; shuffled within windows of "
+        "1,024 rows of permuted row groups; every row's checksums are checked"
     )
     _cache: CarvedCache | None = None
 
@@ -66,10 +67,16 @@ class Carvecache(Loader):
 
     def batches(self, epoch: Epoch) -> Iterable[LoadedBatch]:
         """Give batches as they were read."""
+        is_spawned = self.place.is_remote and epoch.shuffle and epoch.num_workers > 0
         dataset = CarvedDataset(
-            open_cache(self.place.url), batch_size=BATCH_ROWS, shuffle=epoch.shuffle, seed=SEED
+            open_cache(self.place.url),
+            batch_size=BATCH_ROWS,
+            shuffle=epoch.shuffle,
+            seed=SEED,
+            lanes=epoch.num_workers if is_spawned else 1,
         )
-        return self.resumed(_Source(dataset, epoch.num_workers), epoch)
+        context = "spawn" if is_spawned else None
+        return self.resumed(_Source(dataset, epoch.num_workers, context), epoch)
 
     def by_key(self, keys: Sequence[str]) -> LoadedBatch:
         """Look the keys up in the index and fetch the rows by their place in the files."""
@@ -81,15 +88,21 @@ class Carvecache(Loader):
 class _Source:
     """A dataset, or a DataLoader over it, and the state behind its last batch."""
 
-    def __init__(self, dataset: CarvedDataset, num_workers: int) -> None:
+    def __init__(self, dataset: CarvedDataset, num_workers: int, context: str | None) -> None:
         self._dataset = dataset
         self._num_workers = num_workers
+        self._context = context
         self._state: Mapping[str, Any] = {}
 
     def __iter__(self) -> Iterator[LoadedBatch]:
         source: Iterable[Batch] = self._dataset
         if self._num_workers:
-            source = DataLoader(self._dataset, batch_size=None, num_workers=self._num_workers)
+            source = DataLoader(
+                self._dataset,
+                batch_size=None,
+                num_workers=self._num_workers,
+                multiprocessing_context=self._context,
+            )
         for batch in source:
             self._state = batch.state or {}
             yield _loaded(batch)
