@@ -45,7 +45,7 @@ _KINDS = {name: loader_kind(name) for name in LOADERS}
 _ROOT = Path(__file__).parents[1]
 _WORKERS = (0, 2)
 _RATES = ("sequential", "shuffled", "by_key", "resume")
-_GRACE_S = 180.0  # for start, opening and what a limit does not cover
+_GRACE_S = 60.0  # for start, opening and what a limit does not cover
 _MEMORY_POLL_S = 0.05
 _SILENCE = {
     "AWS_EC2_METADATA_DISABLED": "true",

@@ -1,66 +1,17 @@
 """The page that `loaders.py` writes: every figure on it comes from the results of its runs."""
 
 import importlib.metadata
+import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.loaders_base import Loader
+from benchmarks.loaders_results import COLUMNS, Results
+from benchmarks.loaders_tables import NONE, megabytes, milliseconds, table
+from benchmarks.loaders_targets import WHY, Targets
 
-_COLUMNS: Mapping[str, tuple[str, int]] = {
-    "in order": ("sequential", 0),
-    "in order, 2 workers": ("sequential", 2),
-    "shuffled": ("shuffled", 0),
-    "shuffled, 2 workers": ("shuffled", 2),
-    "by key": ("by_key", 0),
-}
 _STORES = {"local": "local disk, in the page cache", "s3": "S3 on loopback"}
-_NONE = "-"
-_QUARTER = 0.25
-
-
-class Results:
-    """The results of one corpus on one store."""
-
-    def __init__(self, results: Iterable[Mapping[str, Any]], corpus: str, store: str) -> None:
-        self.all = [r for r in results if r.get("corpus") == corpus and r.get("store") == store]
-
-    def found(self, loader: str, measure: str, num_workers: int) -> list[Mapping[str, Any]]:
-        """Return the results of all rounds."""
-        return [
-            r["result"]
-            for r in self.all
-            if (r["loader"], r["measure"], r["num_workers"]) == (loader, measure, num_workers)
-            and "result" in r
-        ]
-
-    def median(self, loader: str, measure: str, num_workers: int, name: str) -> float | None:
-        """Return the median of a figure over the rounds; None where there is none."""
-        values = [r[name] for r in self.found(loader, measure, num_workers)]
-        return statistics.median(values) if values and None not in values else None
-
-    @property
-    def bytes_per_row(self) -> float:
-        """The payload of a row, without its key."""
-        return float(next(r["result"]["bytes_per_row"] for r in self._rates()))
-
-    @property
-    def read_rows_s(self) -> float | None:
-        """What reading the bytes alone would give."""
-        value = self.median("read()", "read", 0, "bytes_s")
-        return value and value / self.bytes_per_row
-
-    def spreads(self) -> list[float]:
-        """Return how far the rounds of each figure lie apart, relative to their median."""
-        groups: dict[tuple[Any, ...], list[float]] = {}
-        for r in self._rates():
-            key = (r["loader"], r["measure"], r["num_workers"])
-            groups.setdefault(key, []).append(r["result"]["rows_s"] or 0.0)
-        return [(max(g) - min(g)) / (statistics.median(g) or 1.0) for g in groups.values()]
-
-    def _rates(self) -> list[Mapping[str, Any]]:
-        measures = {measure for measure, _ in _COLUMNS.values()}
-        return [r for r in self.all if r["measure"] in measures and "result" in r]
 
 
 def name_of(result: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -91,11 +42,15 @@ def render(
     """Return the page as Markdown."""
     about = next(r for r in results if r["measure"] == "about")
     parts = ["# Loaders: the same rows through this project's and through others'", _intro(about)]
-    for corpus in about["options"]["data"]:
-        for store in about["options"]["stores"]:
-            found = Results(results, corpus, store)
-            if found.all:
-                parts += _section(found, loaders, ours=ours, title=f"{corpus}, {_STORES[store]}")
+    sections = {
+        f"{corpus}, {_STORES[store]}": found
+        for corpus in ("fixed", "ragged")
+        for store in _STORES
+        if (found := Results(results, corpus, store)).all
+    }
+    parts += ["## Against the targets", Targets(loaders=[*loaders], ours=ours).table(sections), WHY]
+    for title, found in sections.items():
+        parts += _section(found, loaders, ours=ours, title=title)
     parts += ["## How each is set up", _setups(loaders)]
     parts += ["## What could not be measured", _gaps(results, loaders)]
     parts += ["## How it is measured", _METHOD]
@@ -105,12 +60,12 @@ def render(
 def _intro(about: Mapping[str, Any]) -> str:
     options = about["options"]
     flags = " ".join(
-        f"--{name.replace('_', '-')} {_words(options[name])}"
-        for name in ("data", "stores", "rows", "repeats", "limit_s")
+        f"--{name.replace('_', '-')} {_words(options[name])}" for name in ("rows", "limit_s")
     )
     lines = [
         "Written by this command, nothing on it by hand:",
         f"\n    python -m benchmarks.loaders --work-dir DIR --write-page {flags}\n",
+        "in as many rounds (`--repeats`) as each section says.\n",
         *[f"- {name}: {about[name]}" for name in ("CPU", "memory", "system", "versions")],
         f"- {options['rows']:,} rows in each data set",
         f"- begun {about['date']}; load average {about['load']:.1f}",
@@ -135,10 +90,12 @@ def _section(
         "The same over the whole epoch, from the moment the data is opened:",
         _rates(found, loaders, ours=ours, name="whole_rows_s"),
         "Milliseconds to the first batch, in a process of its own, the libraries imported:",
-        _table(
-            list(_COLUMNS),
+        table(
+            list(COLUMNS),
             loaders,
-            lambda loader, column: _ms(found.median(loader, *_COLUMNS[column], "first_batch_s")),
+            lambda loader, column: milliseconds(
+                found.median(loader, *COLUMNS[column], "first_batch_s")
+            ),
         ),
         _second_epochs(found, loaders),
         "Going on from a state taken at 60 % of a shuffled epoch, in a new process:",
@@ -150,59 +107,56 @@ def _section(
     ]
 
 
-def _table(columns: Sequence[str], rows: Iterable[str], cell: Callable[[str, str], str]) -> str:
-    lines = [f"| | {' | '.join(columns)} |", "|---" + "|--:" * len(columns) + "|"]
-    for row in rows:
-        cells = [cell(row, column) for column in columns]
-        if any(content != _NONE for content in cells):
-            lines.append(f"| {row} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 def _rates(found: Results, loaders: Mapping[str, type[Loader]], *, ours: str, name: str) -> str:
     def rate(loader: str, column: str) -> float | None:
-        return found.median(loader, *_COLUMNS[column], name)
+        return found.median(loader, *COLUMNS[column], name)
 
     def cell(loader: str, column: str) -> str:
         value = rate(loader, column)
-        return _NONE if value is None else f"{value:,.0f} · {value * found.bytes_per_row / 1e9:.2f}"
+        return NONE if value is None else f"{value:,.0f} · {value * found.bytes_per_row / 1e9:.2f}"
 
     def against(row: str, column: str) -> str:
         mine = rate(ours, column)
-        if row == _BOUND:
-            bound = found.read_rows_s
-            return f"{mine / bound:.2f}" if mine and bound and column != "by key" else _NONE
-        rates = {kind: rate(kind, column) or 0.0 for kind in loaders if kind != ours}
-        best = max(rates, key=lambda kind: rates[kind])
-        return f"{mine / rates[best]:.2f} ({best})" if mine and rates[best] else _NONE
+        if row != _BEST:
+            bound = found.read_rows_s(_BOUNDS[row.removeprefix("ours / ")])
+            return f"{mine / bound:.2f}" if mine and bound and column != "by key" else NONE
+        best = found.best_other(loaders, ours, column, name)
+        return f"{mine / best[1]:.2f} ({best[0]})" if mine and best else NONE
 
-    table = _table(list(_COLUMNS), loaders, cell)
-    bound = found.read_rows_s
-    if bound is not None:
-        number = f"{bound:,.0f} · {bound * found.bytes_per_row / 1e9:.2f}"
-        table += f"\n| read() | {number} |" + f" {_NONE} |" * (len(_COLUMNS) - 1)
-    ratios = _table(list(_COLUMNS), (_BEST, _BOUND), against).splitlines()[2:]
-    return "\n".join([table, *[f"| **{r[2:]}".replace(" |", "** |", 1) for r in ratios]])
+    whole = table(list(COLUMNS), loaders, cell)
+    for bound, figure in _BOUNDS.items():
+        if (value := found.read_rows_s(figure)) is not None:
+            number = f"{value:,.0f} · {value * found.bytes_per_row / 1e9:.2f}"
+            whole += f"\n| {bound} | {number} |" + f" {NONE} |" * (len(COLUMNS) - 1)
+    rows = (_BEST, *[f"ours / {bound}" for bound in _BOUNDS])
+    ratios = table(list(COLUMNS), rows, against).splitlines()[2:]
+    return "\n".join([whole, *[f"| **{r[2:]}".replace(" |", "** |", 1) for r in ratios]])
 
 
 _BEST = "ours / best other"
-_BOUND = "ours / read()"
+_BOUNDS = {"read()": "bytes_s", "read() into 3 buffers": "turns_bytes_s"}
 
 
 def _noise(found: Results) -> str:
-    spreads = found.spreads()
+    spreads, rounds = found.spreads(), found.num_rounds
     loads = [r["load"] for r in found.all if "load" in r]
+    load = (
+        f"Load average before a measurement: {statistics.median(loads):.1f}, at most "
+        f"{max(loads):.1f}."
+    )
+    if rounds == 1:
+        return f"One round. {load}"
     return (
-        f"Between the rounds of a figure, highest less lowest is {statistics.median(spreads):.0%} "
-        f"of the median in the middle case, {max(spreads):.0%} in the worst. Load average before "
-        f"a measurement: {statistics.median(loads):.1f}, at most {max(loads):.1f}."
+        f"{rounds} rounds. Between those of a figure, highest less lowest is "
+        f"{statistics.median(spreads):.0%} of the median in the middle case, {max(spreads):.0%} "
+        f"in the worst. {load}"
     )
 
 
 def _second_epochs(found: Results, loaders: Iterable[str]) -> str:
     rows = []
     for loader in loaders:
-        for column, where in _COLUMNS.items():
+        for column, where in COLUMNS.items():
             again = [r["second"]["rows_s"] for r in found.found(loader, *where) if "second" in r]
             if again and None not in again:
                 rows.append(f"{column} {statistics.median(again):,.0f}")
@@ -223,16 +177,16 @@ def _resumes(found: Results, loaders: Iterable[str]) -> str:
     def cell(loader: str, column: str) -> str:
         if column.startswith("ms"):
             workers = 2 if "workers" in column else 0
-            return _ms(found.median(loader, "resume", workers, "first_batch_s"))
+            return milliseconds(found.median(loader, "resume", workers, "first_batch_s"))
         each = [r for workers in (0, 2) for r in found.found(loader, "resume", workers)]
         if not each:
-            return _NONE
+            return NONE
         if column.startswith("state"):
             return f"{max(r['pickled_state_bytes'] for r in each) / 1000:.1f}"
         values = [r["twice" if "twice" in column else "missing"] for r in each]
         return "not known" if None in values else f"{max(values):,}"
 
-    return _table(columns, loaders, cell)
+    return table(columns, loaders, cell)
 
 
 def _memory(found: Results, loaders: Iterable[str]) -> str:
@@ -243,27 +197,23 @@ def _memory(found: Results, loaders: Iterable[str]) -> str:
     ]
 
     def cell(loader: str, column: str) -> str:
-        each = found.found(loader, "memory", 2 if "workers" in column else 0)
-        if not each or not each[0].get("readings"):
-            return _NONE
-        readings, before, rows = each[0]["readings"], each[0]["before"], each[0]["rows"]
-        if column.startswith("mapped"):
-            return _mb(max(r[2] for r in readings) - before["mapped_bytes"])
-        until = _QUARTER * rows if "25" in column else rows
-        peaks = [r[1] for r in readings if r[0] <= until]
-        return _mb(max(peaks) - before["own_bytes"]) if peaks else _NONE
+        memory = found.memory(loader, 2 if "workers" in column else 0)
+        if memory is None:
+            return NONE
+        value = memory[0 if "25" in column else 2 if column.startswith("mapped") else 1]
+        return NONE if math.isnan(value) else megabytes(value)
 
-    return _table(columns, loaders, cell)
+    return table(columns, loaders, cell)
 
 
 def _sizes(found: Results, loaders: Iterable[str]) -> str:
     def cell(loader: str, column: str) -> str:
         each = found.found(loader, "write", 0)
         if not each:
-            return _NONE
-        return _mb(each[0]["bytes"]) if column == "MB" else f"{each[0][column]:,.0f}"
+            return NONE
+        return megabytes(each[0]["bytes"]) if column == "MB" else f"{each[0][column]:,.0f}"
 
-    return _table(["MB", "files", "seconds"], loaders, cell)
+    return table(["MB", "files", "seconds"], loaders, cell)
 
 
 def _setups(loaders: Mapping[str, type[Loader]]) -> str:
@@ -284,14 +234,6 @@ def _gaps(results: Sequence[Mapping[str, Any]], loaders: Mapping[str, type[Loade
         for r in failed.values()
     ]
     return "\n".join(lines)
-
-
-def _ms(seconds: float | None) -> str:
-    return _NONE if seconds is None else f"{1000 * seconds:,.0f}"
-
-
-def _mb(num_bytes: float) -> str:
-    return f"{num_bytes / 1e6:,.0f}"
 
 
 _WORDS = {"by_key": "by key", "resume": "going on", "s3": "from S3"}
@@ -319,7 +261,9 @@ _METHOD = """\
   rows; this project shuffles row groups and the rows within.
 - **Local disk**: the files are read once right before each measurement, so they come from the page
   cache. `read()` reads the bytes of this project's Parquet files in pieces of 8 MiB into one
-  buffer; from S3, in ranged GETs of 16 MiB by 8 threads. It makes no tensors.
+  buffer, which stays in the processor's cache, or into three by turns, as a loader must that reads
+  ahead: the batch in use, the next, and the one being filled. From S3, in ranged GETs of 16 MiB by
+  8 threads. It makes no tensors.
 - **S3** is Ceph's gateway with all its objects in memory, on the same machine: it takes its share
   of the same cores, and there is no network to wait for. In a round it is started anew for each
   loader and holds its data alone. A steady rate above that of `read()` means that what was counted

@@ -1,5 +1,6 @@
 """The rows in one plain file: read as fast as it can be, and with no reader but numpy."""
 
+import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from benchmarks.loaders_base import Epoch, Loader, Place, RowTable, cut_row, torch_loader
 from benchmarks.loaders_batch import LoadedBatch, join
+from pipeline.cache.buffers import BufferPool
 
 if TYPE_CHECKING:
     from s3fs import S3FileSystem
@@ -122,16 +124,18 @@ class _RemoteRows(_FileRows):
         return list(self._open().cat_ranges([path] * len(ranges), list(starts), list(stops)))
 
 
-def plain_read(place: Place) -> Iterator[int]:
+def plain_read(place: Place, *, buffers: int = 1) -> Iterator[int]:
     """Read all Parquet files below a place and throw them away; yield the bytes of each piece.
 
-    Locally into one buffer, without another in between; from a store by ranged GETs in threads.
+    Locally into so many buffers by turns, without another in between; from a store by ranged GETs
+    in threads.
     """
     if not place.is_remote:
-        buffer = memoryview(bytearray(_READ_BYTES))
+        pool = BufferPool()
+        turns = itertools.cycle([pool.take(_READ_BYTES) for _ in range(buffers)])
         for path in sorted(Path(place.url).rglob("*.parquet")):
             with open(path, "rb", buffering=0) as file:
-                while count := file.readinto(buffer):
+                while count := file.readinto(next(turns)):
                     yield count
         return
     import s3fs
