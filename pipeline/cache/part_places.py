@@ -16,7 +16,7 @@ from pipeline.cache.places import Places
 from pipeline.cache.row_groups import RowGroups
 from pipeline.errors import CacheFormatError, NotFoundError
 
-_MAX_ROWS = 1 << 19  # kept; about 150 bytes each with its key
+_MAX_ROWS = 1 << 19  # kept; about 200 bytes each with its key
 _ORDER = [("part", "ascending"), ("row_group", "ascending"), ("row", "ascending")]
 
 

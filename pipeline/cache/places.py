@@ -20,7 +20,7 @@ _UNKNOWN = -1  # of a checksum that an older index does not have
 class Places:
     """Where R rows lie; some 120 bytes a row, and the key.
 
-    Keys are Python strings: to take some of a few hundred is fifty times faster than with Arrow.
+    Keys are Python strings: Arrow takes some of them tens of times slower.
 
     Attributes:
         numbers: (R, C) int64, a row of numbers each: which of `paths`, then `NUMBERS`.
