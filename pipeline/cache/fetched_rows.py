@@ -12,6 +12,7 @@ from pipeline.cache.row_place import RowPlace
 from pipeline.errors import CacheFormatError
 from pipeline.types import TileLayout
 
+_MOST_SUMS = 1 << 22  # of a batch; one row of very many blocks must not cost as many for all rows
 _SUM_OF_INTACT_AUX = crc32c(bytes(4))  # of any bytes that end with their own checksum
 
 
@@ -103,18 +104,19 @@ def _unpack_at_once(fetched: FetchedRows, keep_tokens: int | None) -> RowBatch |
     head_lengths = _fields(buffer, heads_at, 4).view("<u4").reshape(-1).astype(np.int64)
     head_lengths[layouts == 1] = 0
     starts = heads_at + head_lengths + np.where(layouts == 1, 0, 4)
-    num_blocks = -(-counts // block)
-    ends = starts + counts * (8 + width) + 4 * num_blocks + 4
+    ends = starts + counts * (8 + width) + 4 * -(-counts // block) + 4
     if (ends != aux_at + aux_length).any():
         return None
     kept = counts if keep_tokens is None else np.minimum(counts, keep_tokens)
-    crcs_at = starts + counts * (8 + width)
-    crcs = runs(buffer, crcs_at, 4 * -(-kept // block)).view("<u4")
-    last_bytes = fetched.tokens_length - (-(-kept // block) - 1) * block * token_bytes
+    num_blocks = -(-kept // block)
+    if len(places) * int(num_blocks.max()) > _MOST_SUMS:
+        return None
+    last_bytes = fetched.tokens_length - (num_blocks - 1) * block * token_bytes
     if (last_bytes < 1).any() or (last_bytes > block * token_bytes).any():
         return None
+    crcs = runs(buffer, starts + counts * (8 + width), 4 * num_blocks).view("<u4")
     expected = joined_crc32c(
-        crcs, -(-kept // block), block_bytes=block * token_bytes, last_bytes=last_bytes
+        crcs, num_blocks, block_bytes=block * token_bytes, last_bytes=last_bytes
     )
     if (expected != fetched.token_sums).any():
         return None

@@ -201,6 +201,23 @@ def test_every_single_byte_of_a_row_counts(cache: Cache) -> None:
     assert missed == []
 
 
+def test_rows_are_the_same_where_they_have_too_many_blocks_to_check_at_once(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = cache.places["k1"]
+    content = cache.whole[place.path]
+    spans = [(place.tokens_offset, place.tokens_length), (place.aux_offset, place.aux_length)]
+    rows = fetched(place, b"".join(content[start : start + length] for start, length in spans))
+    at_once = unpack_rows(rows, keep_tokens=None, url="here").stored(0)
+    monkeypatch.setattr("pipeline.cache.fetched_rows._MOST_SUMS", 0)
+
+    found = unpack_rows(rows, keep_tokens=None, url="here").stored(0)
+
+    assert (found.tokens, found.codec_aux) == (at_once.tokens, at_once.codec_aux)
+    assert found.positions.tolist() == at_once.positions.tolist()
+    assert found.sizes.tolist() == at_once.sizes.tolist()
+
+
 @settings(max_examples=12, deadline=None)
 @given(data=st.data())
 def test_a_changed_byte_anywhere_in_a_part_never_gives_a_wrong_value(cache: Cache, data) -> None:
