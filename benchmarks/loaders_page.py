@@ -253,8 +253,8 @@ _METHOD = """\
   beyond what their transport does.
 - **Turns.** Every figure is measured in a process of its own, one after the other over the loaders
   (from S3: all figures of a loader, then the next), and so for each round; the tables give medians.
-  A measurement ends after an epoch or the time limit, which with workers on S3 is four times as
-  long, for what they fetch at first takes most of it. Steady rates are those between 20 % and 80 %
+  A measurement ends after an epoch or the time limit, which with workers on S3, and for
+  this project's memory there, is four times as long: what is fetched at first takes most of it. Steady rates are those between 20 % and 80 %
   of the rows, because loaders that read ahead have the last rows ready and make the first ones
   wait; where the limit came first, from 20 % of what was read.
 - **Shuffles differ.** *Arrow*, *Lance* and *plain file* give any row at any time; litdata shuffles
