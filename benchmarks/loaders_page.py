@@ -251,12 +251,13 @@ _METHOD = """\
   does it.
 - **Checks.** This project's loader checks every row against its checksums. The others do not check,
   beyond what their transport does.
-- **Turns.** Every figure is measured in a process of its own, one after the other over the loaders
-  (from S3: all figures of a loader, then the next), and so for each round; the tables give medians.
-  A measurement ends after an epoch or the time limit, which with workers on S3, and for
-  this project's memory there, is four times as long: what is fetched at first takes most of it. Steady rates are those between 20 % and 80 %
-  of the rows, because loaders that read ahead have the last rows ready and make the first ones
-  wait; where the limit came first, from 20 % of what was read.
+- **Turns.** Every figure is measured in a process of its own, one after the other over the
+  loaders (from S3: all figures of a loader, then the next), and so for each round; the tables
+  give medians. A measurement ends after an epoch or the time limit, which with workers on S3, and
+  for this project's memory there, is four times as long: what is fetched at first takes most of
+  it. Steady rates are those between 20 % and 80 % of the rows, because loaders that read ahead
+  have the last rows ready and make the first ones wait; where the limit came first, from 20 % of
+  what was read.
 - **Shuffles differ.** *Arrow*, *Lance* and *plain file* give any row at any time; litdata shuffles
   chunks and the rows within; *Parquet stream* and *webdataset* shuffle files and a buffer of 1,000
   rows; this project shuffles row groups and the rows within.
