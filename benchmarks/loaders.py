@@ -46,7 +46,7 @@ _ROOT = Path(__file__).parents[1]
 _WORKERS = (0, 2)
 _RATES = ("sequential", "shuffled", "by_key", "resume")
 _GRACE_S = 60.0  # for start, opening and what a limit does not cover
-_REMOTE_WORKERS = 4  # times the limit: what they fetch at first takes most of it
+_LONGER = 4  # times the limit, where what is fetched at first takes most of it
 _MEMORY_POLL_S = 0.05
 _SILENCE = {
     "AWS_EC2_METADATA_DISABLED": "true",
@@ -206,7 +206,7 @@ class Bench:
                 num_workers=step.num_workers,
                 url=data.url_of(loader),
                 cache_dir=f"{scratch}/cache",
-                limit_s=self.options.limit_s * (_REMOTE_WORKERS if is_long else 1),
+                limit_s=self.options.limit_s * (_LONGER if is_long else 1),
                 state_file=f"{scratch}/state",
                 progress_file=f"{scratch}/progress",
             )

@@ -44,7 +44,7 @@ def render(
     parts = ["# Loaders: the same rows through this project's and through others'", _intro(about)]
     sections = {
         f"{corpus}, {_STORES[store]}": found
-        for corpus in ("fixed", "ragged")
+        for corpus in dict.fromkeys(r["corpus"] for r in results if "corpus" in r)
         for store in _STORES
         if (found := Results(results, corpus, store)).all
     }
@@ -59,9 +59,7 @@ def render(
 
 def _intro(about: Mapping[str, Any]) -> str:
     options = about["options"]
-    flags = " ".join(
-        f"--{name.replace('_', '-')} {_words(options[name])}" for name in ("rows", "limit_s")
-    )
+    flags = " ".join(f"--{name.replace('_', '-')} {options[name]}" for name in ("rows", "limit_s"))
     lines = [
         "Written by this command, nothing on it by hand:",
         f"\n    python -m benchmarks.loaders --work-dir DIR --write-page {flags}\n",
@@ -73,10 +71,6 @@ def _intro(about: Mapping[str, Any]) -> str:
         "float32 scale, a position, a float32 size a token, and a key",
     ]
     return "\n".join(lines)
-
-
-def _words(value: object) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _section(
@@ -261,11 +255,10 @@ _METHOD = """\
 - **Shuffles differ.** *Arrow*, *Lance* and *plain file* give any row at any time; litdata shuffles
   chunks and the rows within; *Parquet stream* and *webdataset* shuffle files and a buffer of 1,000
   rows; this project shuffles row groups and the rows within.
-- **Local disk**: the files are read once right before each measurement, so they come from the page
-  cache. `read()` reads the bytes of this project's Parquet files in pieces of 8 MiB into one
-  buffer, which stays in the processor's cache, or into three by turns, as a loader must that reads
-  ahead: the batch in use, the next, and the one being filled. From S3, in ranged GETs of 16 MiB by
-  8 threads. It makes no tensors.
+- **Local disk**: the files are read once right before each measurement, so they come from the
+  page cache. `read()` reads the bytes of this project's Parquet files in pieces of 8 MiB into one
+  buffer, or into three by turns, as a loader must that reads ahead: the batch in use, the next,
+  and the one being filled. From S3, in ranged GETs of 16 MiB by 8 threads. It makes no tensors.
 - **S3** is Ceph's gateway with all its objects in memory, on the same machine: it takes its share
   of the same cores, and there is no network to wait for. In a round it is started anew for each
   loader and holds its data alone. A steady rate above that of `read()` means that what was counted

@@ -36,16 +36,14 @@ def joined_crc32c(sums: Sums, counts: Numbers, *, block_bytes: int, last_bytes: 
     before = _joined(np.where(back >= 0, sums[numbers], np.uint32(0)), block_bytes)
     lengths, kinds = np.unique(last_bytes, return_inverse=True)
     tables = np.concatenate([_carrying(length) for length in lengths.tolist()])
-    places = _octets(before) + 256 * (4 * kinds[:, None] + np.arange(4))
-    return _sum(tables, places) ^ sums[ends - 1]
+    return _sum(tables, before, 4 * kinds[:, None] + np.arange(4)) ^ sums[ends - 1]
 
 
 def _joined(sums: Sums, block_bytes: int) -> Sums:
     """Return the checksums of (R, N) blocks of one length; 0 where a run has no block yet."""
     count = sums.shape[1]
     if count <= _GROUP:
-        tables = _carried(block_bytes)[4 * (_GROUP - count) :]
-        return _sum(tables, _octets(sums) + 256 * np.arange(4 * count))
+        return _sum(_carried(block_bytes)[4 * (_GROUP - count) :], sums, np.arange(4 * count))
     groups = -(-count // _GROUP)
     padded = np.zeros((len(sums), groups * _GROUP), np.uint32)
     padded[:, padded.shape[1] - count :] = sums
@@ -53,14 +51,18 @@ def _joined(sums: Sums, block_bytes: int) -> Sums:
     return _joined(grouped.reshape(-1, groups), block_bytes * _GROUP)
 
 
-def _octets(sums: Sums) -> NDArray[np.uint8]:
-    """Return the bytes of (R,) or (R, N) checksums, (R, 4 N), the lowest of each first."""
-    return np.ascontiguousarray(sums, "<u4").view(np.uint8).reshape(len(sums), -1)
+def _sum(tables: Sums, sums: Sums, numbers: Numbers) -> Sums:
+    """Look up each byte of R runs of checksums, and return the sum of what was found for each run.
 
-
-def _sum(tables: Sums, places: Numbers) -> Sums:
-    found: Sums = np.bitwise_xor.reduce(tables.reshape(-1).take(places), axis=1)
-    return found
+    Args:
+        tables: (T, 256).
+        sums: (R,) or (R, N).
+        numbers: (4 N,) or (R, 4 N), which table is for each byte; the lowest of a checksum first.
+    """
+    octets = np.ascontiguousarray(sums, "<u4").view(np.uint8).reshape(len(sums), -1)
+    found = tables.reshape(-1).take(octets + 256 * numbers)
+    added: Sums = np.bitwise_xor.reduce(found, axis=1)
+    return added
 
 
 @lru_cache(maxsize=256)
@@ -78,10 +80,10 @@ def _carrying(num_bytes: int) -> Sums:
 @lru_cache(maxsize=32)
 def _carried(block_bytes: int) -> Sums:
     """Return (4 * `_GROUP`, 256): the same over 63 blocks, then 62, down to none."""
-    once = _carrying(block_bytes).reshape(-1)
+    once = _carrying(block_bytes)
     tables = np.empty((_GROUP, 4, 256), np.uint32)
     tables[-1] = np.arange(256, dtype=np.uint32) << 8 * np.arange(4, dtype=np.uint32)[:, None]
     for number in range(_GROUP - 2, -1, -1):
-        octets = _octets(tables[number + 1].reshape(-1))
-        tables[number] = _sum(once, octets + 256 * np.arange(4)).reshape(4, 256)
+        behind = tables[number + 1].reshape(-1)
+        tables[number] = _sum(once, behind, np.arange(4)).reshape(4, 256)
     return tables.reshape(-1, 256)

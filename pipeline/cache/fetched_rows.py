@@ -109,16 +109,8 @@ def _unpack_at_once(fetched: FetchedRows, keep_tokens: int | None) -> RowBatch |
         return None
     kept = counts if keep_tokens is None else np.minimum(counts, keep_tokens)
     num_blocks = -(-kept // block)
-    if len(places) * int(num_blocks.max()) > _MOST_SUMS:
-        return None
-    last_bytes = fetched.tokens_length - (num_blocks - 1) * block * token_bytes
-    if (last_bytes < 1).any() or (last_bytes > block * token_bytes).any():
-        return None
     crcs = runs(buffer, starts + counts * (8 + width), 4 * num_blocks).view("<u4")
-    expected = joined_crc32c(
-        crcs, num_blocks, block_bytes=block * token_bytes, last_bytes=last_bytes
-    )
-    if (expected != fetched.token_sums).any():
+    if not _are_blocks_intact(fetched, crcs, num_blocks, block * token_bytes):
         return None
     has_heads, has_tiles = bool(head_lengths.any()), bool((layouts == 3).any())
     return RowBatch(
@@ -139,6 +131,18 @@ def _are_aux_intact(fetched: FetchedRows, aux_length: Numbers) -> bool:
     stored = _fields(fetched.buffer, fetched.aux_at + aux_length - 4, 4).view("<u4").reshape(-1)
     indexed = fetched.places.column("aux_crc32c")
     return bool(((indexed == stored) | (indexed < 0)).all())
+
+
+def _are_blocks_intact(
+    fetched: FetchedRows, crcs: Sums, num_blocks: Numbers, block_bytes: int
+) -> bool:
+    """Compare tokens with the checksums of their blocks; False, too, for more than fit at once."""
+    last_bytes = fetched.tokens_length - (num_blocks - 1) * block_bytes
+    is_cut_at_blocks = ((last_bytes >= 1) & (last_bytes <= block_bytes)).all()
+    if not is_cut_at_blocks or len(num_blocks) * int(num_blocks.max()) > _MOST_SUMS:
+        return False
+    expected = joined_crc32c(crcs, num_blocks, block_bytes=block_bytes, last_bytes=last_bytes)
+    return bool((expected == fetched.token_sums).all())
 
 
 def _tokens(fetched: FetchedRows, kept: Numbers) -> Bytes:

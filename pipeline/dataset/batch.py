@@ -103,7 +103,8 @@ class Batch:
     @property
     def keys(self) -> list[str]:
         """Keys, in the order of the batch."""
-        return list(self.rows.places.keys.tolist())
+        keys: list[str] = self.rows.places.keys.tolist()
+        return keys
 
     @property
     def places(self) -> list[RowPlace]:

@@ -109,11 +109,14 @@ class CacheSource:
         if self._selection is not None:
             rows = self._selection.visible(numbers, rows)
         pieces: list[Places] = []
-        order = np.argsort(files[numbers], kind="stable")
-        cuts = np.flatnonzero(np.diff(files[numbers[order]])) + 1
-        reader.read_part_rows(reader.files[file] for file in np.unique(files[numbers]).tolist())
-        for mine in np.split(order, cuts) if len(order) else []:
-            part = reader.part_rows(reader.files[files[numbers[mine[0]]]])
+        of_file = files[numbers]
+        order = np.argsort(of_file, kind="stable")
+        cuts = np.flatnonzero(np.diff(of_file[order])) + 1
+        by_file = np.split(order, cuts) if len(order) else []
+        paths = [reader.files[of_file[mine[0]]] for mine in by_file]
+        reader.read_part_rows(paths)
+        for path, mine in zip(paths, by_file, strict=True):
+            part = reader.part_rows(path)
             pieces.append(part.places.take(part.starts[groups[numbers[mine]]] + rows[mine]))
         found = Places.joined(pieces)
         is_sorted = bool((np.diff(order) == 1).all())

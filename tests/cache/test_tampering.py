@@ -168,6 +168,14 @@ def test_a_changed_byte_of_tokens_aux_or_head_is_found_by_all(cache: Cache, data
     assert any(repr(place.key) in line for line in verified(cache))
 
 
+def stored(cache: Cache, place: RowPlace) -> tuple[bytes, bytes]:
+    """Return tokens and aux of a row as they were written."""
+    content = cache.whole[place.path]
+    spans = [(place.tokens_offset, place.tokens_length), (place.aux_offset, place.aux_length)]
+    tokens, aux = (content[start : start + length] for start, length in spans)
+    return tokens, aux
+
+
 def fetched(place: RowPlace, content: bytes) -> FetchedRows:
     places = Places.of([place])
     tokens, aux = content[: place.tokens_length], content[place.tokens_length :]
@@ -184,9 +192,7 @@ def fetched(place: RowPlace, content: bytes) -> FetchedRows:
 
 def test_every_single_byte_of_a_row_counts(cache: Cache) -> None:
     place = cache.places["k1"]
-    content = cache.whole[place.path]
-    spans = [(place.tokens_offset, place.tokens_length), (place.aux_offset, place.aux_length)]
-    tokens, aux = (content[start : start + length] for start, length in spans)
+    tokens, aux = stored(cache, place)
     missed = []
 
     for number in range(len(tokens) + len(aux)):
@@ -205,9 +211,7 @@ def test_rows_are_the_same_where_they_have_too_many_blocks_to_check_at_once(
     cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = cache.places["k1"]
-    content = cache.whole[place.path]
-    spans = [(place.tokens_offset, place.tokens_length), (place.aux_offset, place.aux_length)]
-    rows = fetched(place, b"".join(content[start : start + length] for start, length in spans))
+    rows = fetched(place, b"".join(stored(cache, place)))
     at_once = unpack_rows(rows, keep_tokens=None, url="here").stored(0)
     monkeypatch.setattr("pipeline.cache.fetched_rows._MOST_SUMS", 0)
 
