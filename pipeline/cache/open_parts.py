@@ -1,6 +1,7 @@
 """Parts and tables kept open between reads, few of them, each used by one thread at a time."""
 
 import threading
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,16 +27,24 @@ class PartRecord:
     columns: Sequence[pa.Field] | None = None  # that it must have; None for those of a part
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Footer:
+    metadata: pq.FileMetaData
+    size: int  # of the file, in bytes
+    whole: bytes | None  # the file, where it is small
+
+
 class OpenParts:
     """Opens the parts of a cache and keeps the 16 used last, so that their footers are read once.
 
     A part in use is taken out of those kept; so none is closed under its user, and two threads
-    that read one part at once get a file each.
+    that read one part at once get a file each, of one footer.
     """
 
     def __init__(self, store: Store) -> None:
         self.store = store
         self._idle: list[tuple[str, pq.ParquetFile]] = []  # the one used last at the end
+        self._footers: OrderedDict[tuple[str, int | None, int | None], _Footer] = OrderedDict()
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[type["OpenParts"], tuple[Store]]:
@@ -63,6 +72,22 @@ class OpenParts:
 
     def _open(self, path: str, record: PartRecord) -> pq.ParquetFile:
         where = self.store.url_of(path)
+        known = (path, record.size, record.footer_crc32c)
+        with self._lock:
+            footer = self._footers.get(known)
+        if footer is None:
+            footer = self._read_footer(path, record)
+        with self._lock:
+            self._footers[known] = footer
+            self._footers.move_to_end(known)
+            while len(self._footers) > _MAX_IDLE:
+                self._footers.popitem(last=False)
+        return parquet.open_part(
+            self._source(path, footer), footer.metadata, where=where, columns=record.columns
+        )
+
+    def _read_footer(self, path: str, record: PartRecord) -> _Footer:
+        where = self.store.url_of(path)
         try:
             size, tail = self._tail(path, record.size)
             footer = self._footer(path, size, tail)
@@ -73,9 +98,7 @@ class OpenParts:
             self._check_size(path, record.size, err)
             raise
         metadata = parquet.parse_footer(footer, where=where)
-        return parquet.open_part(
-            self._source(path, size, tail), metadata, where=where, columns=record.columns
-        )
+        return _Footer(metadata=metadata, size=size, whole=tail if len(tail) == size else None)
 
     def _tail(self, path: str, known: int | None) -> tuple[int, bytes]:
         """Return the size of a file, which a record says or the store, and its last bytes."""
@@ -90,12 +113,12 @@ class OpenParts:
                 f"{self.store.url_of(path)} has {size} bytes, not the {known} that were written"
             ) from error
 
-    def _source(self, path: str, size: int, tail: bytes) -> Any:  # noqa: ANN401  (a file)
+    def _source(self, path: str, footer: _Footer) -> Any:  # noqa: ANN401  (a file)
         """Return what is read: not mapped, for a mapped file that is cut kills who reads it."""
-        if size == len(tail):
-            return pa.BufferReader(tail)
+        if footer.whole is not None:
+            return pa.BufferReader(footer.whole)
         local = self.store.local_path(path)
-        return self.store.open_read(path) if local is None else pa.OSFile(local)
+        return self.store.open_read(path, size=footer.size) if local is None else pa.OSFile(local)
 
     def _footer(self, path: str, size: int, tail: bytes) -> bytes:
         where = self.store.url_of(path)

@@ -78,8 +78,8 @@ class CachedStore(Store):
             return super().size(path)
         return self.disk_cache.size(self._plain, path)
 
-    def open_read(self, path: str) -> BinaryIO:
+    def open_read(self, path: str, *, size: int | None = None) -> BinaryIO:
         """Open an object for reading from any place in it."""
         if not self.is_immutable(path):
-            return super().open_read(path)
-        return io.BufferedReader(RangeReader(self, path), BUFFER_BYTES)
+            return super().open_read(path, size=size)
+        return io.BufferedReader(RangeReader(self, path, size), BUFFER_BYTES)

@@ -10,7 +10,7 @@ nothing.
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +19,7 @@ from fsspec.core import split_protocol
 
 from pipeline.storage._driver import CONNECT_TIMEOUT_S, READ_TIMEOUT_S, S3
 from pipeline.storage._retry import BrokenAnswerError
+from pipeline.storage._views import cut, num_bytes, scatter
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -29,6 +30,7 @@ SWITCH = "CARVE_S3_READS"
 _NOT_FOR = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy")
 _FAILURES = 3  # one after the other: then it is not tried again in this process
 _NOT_SENT = "error sending request"
+_PIECE_BYTES = 1 << 20  # of a longer answer
 _LONGEST_S = 3600  # of one answer; silence ends it far sooner
 
 _first_pid: list[int] = []  # of the process in which obstore was used first: it survives no fork
@@ -37,7 +39,7 @@ _first_pid: list[int] = []  # of the process in which obstore was used first: it
 class NativeReader:
     """Reads objects below one bucket. Safe to use from many threads; made by `open_native`.
 
-    All methods return None where s3fs is to be asked instead, and raise `BrokenAnswerError` where
+    All methods return None or False where s3fs is to be asked instead, and raise `BrokenAnswerError` where
     asking again may help: that is up to our retries, the third time by s3fs.
 
     Args:
@@ -58,6 +60,32 @@ class NativeReader:
         key = self._key(path)
         found = self._try(lambda: obstore.get_range(self._store, key, start=start, length=length))
         return None if found is None or len(found) != length else memoryview(found)
+
+    def read_into(self, path: str, start: int, views: Sequence[memoryview]) -> bool:
+        """Fill flat views from `start` on, piece by piece as they come; tell whether all are.
+
+        Beside the views it takes the memory of a piece, and no more.
+        """
+        import obstore
+
+        key, length = self._key(path), num_bytes(views)
+        if length <= _PIECE_BYTES:
+            found = self.read_range(path, start, length)
+            if found is not None:
+                scatter(found, views)
+            return found is not None
+
+        def fill() -> int:
+            options: Any = {"range": (start, start + length)}
+            answer = obstore.get(self._store, key, options=options)
+            got, rest = 0, views
+            for piece in answer.stream(min_chunk_size=_PIECE_BYTES):
+                filled, rest = cut(rest, len(piece))
+                scatter(memoryview(piece), filled)
+                got += len(piece)
+            return got
+
+        return self._try(fill) == length
 
     def read(self, path: str, most: int | None) -> memoryview | None:
         """Return a whole object, or no more than so many bytes of it."""

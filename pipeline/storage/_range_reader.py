@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 class RangeReader(io.RawIOBase):
     """Reads an object by ranges, so that a retry can neither skip nor repeat a byte."""
 
-    def __init__(self, store: Store, path: str) -> None:
+    def __init__(self, store: Store, path: str, size: int | None = None) -> None:
         self._store, self._path = store, path
-        self._size, self._position = store.size(path), 0
+        self._size, self._position = store.size(path) if size is None else size, 0
 
     def readable(self) -> bool:
         return True

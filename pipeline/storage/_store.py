@@ -122,32 +122,29 @@ class Store:
     def read_range(self, path: str, offset: int, length: int) -> bytes:
         """Return exactly `length` bytes from `offset` on; fewer are an error."""
         self._check_range(path, offset, length)
-        return bytes(self._range(path, offset, length))
+        full = self._full(path)
+
+        def read() -> bytes:
+            native = self._backend.native
+            found = None if native is None else native.read_range(full, offset, length)
+            return self._by_driver(path, offset, length) if found is None else bytes(found)
+
+        return self._try("read", path, read) if length else b""
 
     def _check_range(self, path: str, offset: int, length: int) -> None:
         if offset < 0 or length < 0:
             raise StorageError(f"cannot read {length} bytes at {offset} of {self.url_of(path)}")
 
-    def _range(self, path: str, offset: int, length: int) -> bytes | memoryview:
-        """Return what `read_range` does, where it can without a copy of its own."""
+    def _by_driver(self, path: str, offset: int, length: int) -> bytes:
         full = self._full(path)
-
-        def read() -> bytes | memoryview:
-            native = self._backend.native
-            if native is not None:
-                found = native.read_range(full, offset, length)
-                if found is not None:
-                    return found
-            data = bytes(self._backend.fs.cat_file(full, start=offset, end=offset + length))
-            if len(data) != length:
-                message = f"asked for {length} bytes at {offset}, got {len(data)}"
-                size = self._backend.fs.info(full)["size"]
-                if offset + length > size or self._backend.is_local or self._backend.is_memory:
-                    raise StorageError(f"cannot read {self.url_of(path)} ({size} bytes): {message}")
-                raise BrokenAnswerError(message)
-            return data
-
-        return self._try("read", path, read) if length else b""
+        data = bytes(self._backend.fs.cat_file(full, start=offset, end=offset + length))
+        if len(data) != length:
+            message = f"asked for {length} bytes at {offset}, got {len(data)}"
+            size = self._backend.fs.info(full)["size"]
+            if offset + length > size or self._backend.is_local or self._backend.is_memory:
+                raise StorageError(f"cannot read {self.url_of(path)} ({size} bytes): {message}")
+            raise BrokenAnswerError(message)
+        return data
 
     def read_into(self, path: str, offset: int, views: Sequence[memoryview]) -> None:
         """Fill writable, contiguous views one after the other with the bytes from `offset` on.
@@ -169,9 +166,8 @@ class Store:
         """
         if not self._backend.is_local or any(offset < 0 for offset, _ in spans):
             for offset, given in spans:
-                views = flat(given)
                 self._check_range(path, offset, 0)
-                scatter(memoryview(self._range(path, offset, num_bytes(views))), views)
+                self._fill(path, offset, flat(given))
             return
         full = self._full(path)
 
@@ -187,6 +183,18 @@ class Store:
                     )
 
         self._try("read", path, read)
+
+    def _fill(self, path: str, offset: int, views: Sequence[memoryview]) -> None:
+        """Fill flat views from a remote object."""
+        full, length = self._full(path), num_bytes(views)
+
+        def read() -> None:
+            native = self._backend.native
+            if native is None or not native.read_into(full, offset, views):
+                scatter(memoryview(self._by_driver(path, offset, length)), views)
+
+        if length:
+            self._try("read", path, read)
 
     def put(self, path: str, data: bytes) -> None:
         """Create or replace an object."""
@@ -332,14 +340,19 @@ class Store:
         except NotFoundError:
             return
 
-    def open_read(self, path: str) -> BinaryIO:
-        """Open an object for reading from any place in it."""
+    def open_read(self, path: str, *, size: int | None = None) -> BinaryIO:
+        """Open an object for reading from any place in it.
+
+        Args:
+            path: of the object.
+            size: its bytes, where they are known; None to ask the store.
+        """
         full = self._full(path)
         if self._backend.is_local:
             return self._try("read", path, lambda: open(full, "rb"))
         if self._backend.is_memory:  # its files are shared, position included
             return io.BytesIO(self.read(path))
-        return io.BufferedReader(RangeReader(self, path), BUFFER_BYTES)
+        return io.BufferedReader(RangeReader(self, path, size), BUFFER_BYTES)
 
     def local_path(self, path: str) -> str | None:
         """Return the path of an object in the machine's own file system, if it lives there."""

@@ -97,8 +97,8 @@ class DistantStore(WatchedStore):
     def local_path(self, path: str) -> None:
         return None
 
-    def open_read(self, path: str) -> BinaryIO:
-        return RangeReader(self, path)  # type: ignore[return-value]
+    def open_read(self, path: str, *, size: int | None = None) -> BinaryIO:
+        return RangeReader(self, path, size)  # type: ignore[return-value]
 
 
 def watched(url: str) -> tuple[CarvedCache, WatchedStore]:

@@ -12,6 +12,7 @@ import torch
 from aiohttp import web
 
 from pipeline import Batch, CarvedDataset, DiskCache, open_cache
+from pipeline.cache import open_parts, segment_writer
 from pipeline.cache.commit import claim_identity
 from pipeline.cache.snapshot import build_snapshot
 from pipeline.storage import open_store
@@ -73,6 +74,30 @@ def test_rows_of_a_batch_of_keys_that_lie_together_are_read_together(proxied_s3)
     assert batch.keys == [KEYS[9], KEYS[3], KEYS[4], KEYS[5]]
     assert len(part_reads(proxy, since)) == 1
     assert torch.equal(batch.images()[1].features, cache[KEYS[3]].features)
+
+
+@pytest.mark.parametrize("tail_bytes", [64 << 10, 4 << 10])
+def test_the_first_keys_cost_one_footer_and_a_read_of_each_row_group_of_the_index(
+    proxied_s3, monkeypatch: pytest.MonkeyPatch, tail_bytes: int
+) -> None:
+    proxy, url = proxied_s3
+    monkeypatch.setattr(segment_writer, "_GROUP_ROWS", 16)
+    monkeypatch.setattr(open_parts, "_TAIL_BYTES", tail_bytes)
+    fill(url)
+    cache = open_cache(url)
+    since = len(proxy.requests)
+
+    assert Batch.of_keys(cache, KEYS[::5]).keys == KEYS[::5]
+
+    asked = proxy.requests[since:]
+    assert {request.method for request in asked} == {"GET"}
+    index = [request.headers["range"] for request in asked if "/index-" in request.target]
+    size = cache.reader.snapshot.segments[0].index[0].table.size
+    tail = f"bytes={size - min(size, tail_bytes)}-{size - 1}"
+    assert index.count(tail) == 1
+    is_whole = size <= tail_bytes
+    assert is_whole == (tail_bytes > 4 << 10)
+    assert len(index) <= (1 if is_whole else 2 + 8)
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
