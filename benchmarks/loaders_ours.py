@@ -35,14 +35,14 @@ class Carvecache(Loader):
 
     name: ClassVar[str] = "carvecache"
     # pandas: pyarrow imports it with the first array that it makes, where it is installed.
-    modules: ClassVar[tuple[str, ...]] = ("pipeline.dataset", "s3fs", "obstore", "pandas")
-    packages: ClassVar[tuple[str, ...]] = ("carvecache", "pyarrow", "obstore", "s3fs")
+    modules: ClassVar[tuple[str, ...]] = ("pipeline.dataset", "s3fs", "botocore.auth", "pandas")
+    packages: ClassVar[tuple[str, ...]] = ("carvecache", "pyarrow", "botocore")
     how: ClassVar[str] = (
         "`ShardWriter` with its default sizes; `CarvedDataset(cache, batch_size=64, shuffle=...)` "
         "as it comes, which reads and checks in a thread; with two workers in "
-        "`DataLoader(dataset, batch_size=None, num_workers=2)`, shuffled from S3 as docs/loader.md "
-        "advises: workers spawned, two lanes; by key `Batch.of_keys`; shuffled within windows of "
-        "1,024 rows of permuted row groups; every row's checksums are checked"
+        "`DataLoader(dataset, batch_size=None, num_workers=2)`, shuffled from S3 with two lanes, as "
+        "docs/loader.md advises; by key `Batch.of_keys`; shuffled within windows of 1,024 rows of "
+        "permuted row groups; every row's checksums are checked"
     )
     _cache: CarvedCache | None = None
 
@@ -67,16 +67,15 @@ class Carvecache(Loader):
 
     def batches(self, epoch: Epoch) -> Iterable[LoadedBatch]:
         """Give batches as they were read."""
-        is_spawned = self.place.is_remote and epoch.shuffle and epoch.num_workers > 0
+        has_lanes = self.place.is_remote and epoch.shuffle and epoch.num_workers > 0
         dataset = CarvedDataset(
             open_cache(self.place.url),
             batch_size=BATCH_ROWS,
             shuffle=epoch.shuffle,
             seed=SEED,
-            lanes=epoch.num_workers if is_spawned else 1,
+            lanes=epoch.num_workers if has_lanes else 1,
         )
-        context = "spawn" if is_spawned else None
-        return self.resumed(_Source(dataset, epoch.num_workers, context), epoch)
+        return self.resumed(_Source(dataset, epoch.num_workers), epoch)
 
     def by_key(self, keys: Sequence[str]) -> LoadedBatch:
         """Look the keys up in the index and fetch the rows by their place in the files."""
@@ -88,21 +87,15 @@ class Carvecache(Loader):
 class _Source:
     """A dataset, or a DataLoader over it, and the state behind its last batch."""
 
-    def __init__(self, dataset: CarvedDataset, num_workers: int, context: str | None) -> None:
+    def __init__(self, dataset: CarvedDataset, num_workers: int) -> None:
         self._dataset = dataset
         self._num_workers = num_workers
-        self._context = context
         self._state: Mapping[str, Any] = {}
 
     def __iter__(self) -> Iterator[LoadedBatch]:
         source: Iterable[Batch] = self._dataset
         if self._num_workers:
-            source = DataLoader(
-                self._dataset,
-                batch_size=None,
-                num_workers=self._num_workers,
-                multiprocessing_context=self._context,
-            )
+            source = DataLoader(self._dataset, batch_size=None, num_workers=self._num_workers)
         for batch in source:
             self._state = batch.state or {}
             yield _loaded(batch)

@@ -13,7 +13,7 @@ from fsspec.implementations.local import LocalFileSystem
 from pipeline.errors import ConfigError, without_secrets
 from pipeline.storage import _local
 from pipeline.storage._driver import AZURE, GCS, S3, open_filesystem
-from pipeline.storage._native import NativeReader, open_native
+from pipeline.storage._s3_reader import S3Reader, open_s3_reader
 
 _EXTRAS = dict.fromkeys(S3, "s3") | dict.fromkeys(GCS, "gcs") | dict.fromkeys(AZURE, "azure")
 _LOCAL = ("", "file", "local")
@@ -35,7 +35,7 @@ class Backend:
     def __init__(self, url: str) -> None:
         self.url = url
         self._opened: tuple[int, Any, str] | None = None
-        self._native: tuple[int, NativeReader | None] | None = None
+        self._s3_reader: tuple[int, S3Reader | None] | None = None
 
     def __getstate__(self) -> str:
         return self.url
@@ -55,13 +55,13 @@ class Backend:
         return self._open()[1]
 
     @property
-    def native(self) -> NativeReader | None:
+    def s3_reader(self) -> S3Reader | None:
         """What reads it without Python's event loop, where there is something."""
         if not self.is_s3:
             return None
-        if self._native is None or self._native[0] != os.getpid():
-            self._native = (os.getpid(), open_native(self.url))
-        return self._native[1]
+        if self._s3_reader is None or self._s3_reader[0] != os.getpid():
+            self._s3_reader = (os.getpid(), open_s3_reader(self.url))
+        return self._s3_reader[1]
 
     @property
     def is_local(self) -> bool:

@@ -102,9 +102,9 @@ class Store:
         full = self._full(path)
 
         def read() -> bytes:
-            native = self._backend.native
-            if native is not None:
-                found = native.read(full, most)
+            reader = self._backend.s3_reader
+            if reader is not None:
+                found = reader.read(full, most)
                 if found is not None:
                     return bytes(found)
             fs = self._backend.fs
@@ -125,8 +125,8 @@ class Store:
         full = self._full(path)
 
         def read() -> bytes:
-            native = self._backend.native
-            found = None if native is None else native.read_range(full, offset, length)
+            reader = self._backend.s3_reader
+            found = None if reader is None else reader.read_range(full, offset, length)
             return self._by_driver(path, offset, length) if found is None else bytes(found)
 
         return self._try("read", path, read) if length else b""
@@ -189,8 +189,8 @@ class Store:
         full, length = self._full(path), num_bytes(views)
 
         def read() -> None:
-            native = self._backend.native
-            if native is None or not native.read_into(full, offset, views):
+            reader = self._backend.s3_reader
+            if reader is None or not reader.read_into(full, offset, views):
                 scatter(memoryview(self._by_driver(path, offset, length)), views)
 
         if length:
@@ -291,8 +291,8 @@ class Store:
         full = self._full(prefix)
 
         def list_folder() -> builtins.list[str]:
-            native = self._backend.native
-            listed = None if native is None else native.list_names(full)
+            reader = self._backend.s3_reader
+            listed = None if reader is None else reader.list_names(full)
             return self._backend.fs.ls(full, detail=False) if listed is None else listed
 
         try:

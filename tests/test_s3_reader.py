@@ -1,22 +1,23 @@
-"""Reading S3 by compiled code: the same bytes, the same identity, and s3fs where it fails."""
+"""Reading S3 by plain HTTP: the same bytes, the same identity, and s3fs where it fails."""
 
 import itertools
 import multiprocessing
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from pipeline.errors import NotFoundError, StorageError
-from pipeline.storage import Store, open_store
-from pipeline.storage._native import open_native
+from pipeline.storage import Store, _s3_reader, open_store
+from pipeline.storage._s3_reader import S3Reader, open_s3_reader
 
 DATA = bytes(range(256)) * 40
 
 
-def by_native(store: Store) -> bool:
-    return store._backend.native is not None
+def by_http(store: Store) -> bool:
+    return store._backend.s3_reader is not None
 
 
 def memory_bytes(name: str) -> int:
@@ -41,7 +42,7 @@ def test_reads_and_listings_need_no_connection_of_s3fs(s3_url: str) -> None:
     buffer = bytearray(30)
     store.read_into("a/b/c", 5, [memoryview(buffer)[:10], memoryview(buffer)[10:]])
     assert bytes(buffer) == DATA[5:35]
-    assert by_native(store)
+    assert by_http(store)
     assert not has_s3fs(store)
 
 
@@ -161,10 +162,10 @@ def test_settings_that_only_s3fs_follows_are_left_to_it(
 ) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-    assert open_native("s3://bucket/place") is not None
+    assert open_s3_reader("s3://bucket/place") is not None
     monkeypatch.setenv(name, value)
 
-    assert open_native("s3://bucket/place") is None
+    assert open_s3_reader("s3://bucket/place") is None
 
 
 def test_without_credentials_s3fs_says_what_is_missing(
@@ -175,16 +176,129 @@ def test_without_credentials_s3fs_says_what_is_missing(
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("HOME", str(tmp_path))
 
-    assert open_native("s3://bucket/place") is None
+    assert open_s3_reader("s3://bucket/place") is None
+
+
+def test_names_of_any_kind_are_read_and_listed(s3_url: str) -> None:
+    names = ["a b+c", "50%41", "ü~(1)", "x=1&y", "'q'"]
+    store = open_store(s3_url)
+    for name in names:
+        store.put(f"folder {name}/{name}", name.encode())
+    other = open_store(s3_url)
+
+    assert [other.read(f"folder {name}/{name}").decode() for name in names] == names
+    assert other.list_names(f"folder {names[0]}") == [names[0]]
+    assert other.list_names() == sorted(f"folder {name}" for name in names)
+    assert not has_s3fs(other)
+
+
+def test_a_long_listing_comes_in_pages(s3_url: str) -> None:
+    store = open_store(s3_url)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda number: store.put(f"many/{number:04d}", b"x"), range(1203)))
+
+    assert open_store(s3_url).list_names("many") == [f"{number:04d}" for number in range(1203)]
+
+
+def test_one_signature_does_for_an_object_until_it_is_old(
+    s3_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(s3_url)
+    store.put("data", DATA)
+    made = []
+    signature = S3Reader._signature
+    monkeypatch.setattr(
+        S3Reader, "_signature", lambda *asked: made.append(asked[1]) or signature(*asked)
+    )
+
+    for _ in range(3):
+        assert store.read_range("data", 3, 4) == DATA[3:7]
+    assert len(made) == 1
+    monkeypatch.setattr(_s3_reader, "_SIGNED_S", 0)
+    assert store.read_range("data", 3, 4) == DATA[3:7]
+
+    assert len(made) == 2
+
+
+def test_a_server_that_refuses_is_left_to_s3fs_for_a_while(
+    s3_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = open_store(s3_url)
+    store.put("data", DATA)
+    asked = []
+    ask = S3Reader._ask
+    monkeypatch.setattr(S3Reader, "_ask", lambda *args: asked.append(args[1]) or ask(*args))
+    monkeypatch.setattr(S3Reader, "_sign", lambda _, path, __: (f"/{path}", {}))  # not signed
+
+    for _ in range(5):
+        assert store.read("data") == DATA
+
+    assert len(asked) == 3
+    assert has_s3fs(store)
+    (record,) = [r for r in caplog.records if r.name.endswith("_s3_reader")]
+    assert "failed 3 times in a row (403: " in record.getMessage()
+    monkeypatch.undo()
+    monkeypatch.setattr(store._backend.s3_reader, "_paused_until", 0.0)
+    monkeypatch.setattr(store._backend, "_opened", None)
+    assert store.read("data") == DATA
+    assert not has_s3fs(store)
+
+
+@pytest.mark.parametrize(
+    ("url", "name", "value"),
+    [
+        ("s3://arn:aws:s3:eu-west-1:1:accesspoint/x", None, None),
+        ("s3://bucket--use1-az4--x-s3/place", None, None),
+        ("s3://bucket/place", "AWS_USE_FIPS_ENDPOINT", "true"),
+        ("s3://bucket/place", "AWS_USE_DUALSTACK_ENDPOINT", "true"),
+        ("s3://bucket/place", "AWS_DEFAULT_REGION", "us-iso-east-1"),
+        ("s3://bucket/place", "AWS_CONFIG_FILE", "[default]\ns3 =\n  addressing_style = virtual\n"),
+    ],
+)
+def test_addresses_of_other_kinds_are_left_to_s3fs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, url: str, name: str | None, value: str
+) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
+    assert open_s3_reader("s3://bucket/place") is not None
+    if name == "AWS_CONFIG_FILE":
+        (tmp_path / "config").write_text(value)
+        value = str(tmp_path / "config")
+    if name is not None:
+        monkeypatch.setenv(name, value)
+
+    assert open_s3_reader(url) is None
+
+
+@pytest.mark.parametrize(
+    ("region", "endpoint"),
+    [
+        ("eu-west-1", "https://s3.eu-west-1.amazonaws.com"),
+        ("cn-north-1", "https://s3.cn-north-1.amazonaws.com.cn"),
+    ],
+)
+def test_without_an_endpoint_it_is_that_of_the_region(
+    monkeypatch: pytest.MonkeyPatch, region: str, endpoint: str
+) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", region)
+    monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
+
+    reader = open_s3_reader("s3://bucket/place")
+
+    assert reader is not None
+    assert reader._place.endpoint == endpoint
 
 
 def _read_in_child(url: str, queue) -> None:
     store = open_store(url)
-    queue.put((store.read("data"), by_native(store)))
+    queue.put((store.read("data"), by_http(store)))
 
 
-@pytest.mark.parametrize(("method", "native"), [("fork", False), ("spawn", True)])
-def test_a_forked_process_reads_by_s3fs(s3_url: str, method: str, native: bool) -> None:
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_another_process_reads_likewise(s3_url: str, method: str) -> None:
     store = open_store(s3_url)
     store.put("data", DATA)
     assert store.read("data") == DATA
@@ -193,8 +307,8 @@ def test_a_forked_process_reads_by_s3fs(s3_url: str, method: str, native: bool) 
     child = context.Process(target=_read_in_child, args=(s3_url, queue))
 
     child.start()
-    found, by_compiled_code = queue.get(timeout=60)
+    found = queue.get(timeout=60)
     child.join()
 
-    assert found == DATA
-    assert by_compiled_code == native
+    assert found == (DATA, True)
+    assert store.read("data") == DATA
