@@ -40,9 +40,9 @@ class Carvecache(Loader):
     how: ClassVar[str] = (
         "`ShardWriter` with its default sizes; `CarvedDataset(cache, batch_size=64, shuffle=...)` "
         "as it comes, which reads and checks in a thread; with two workers in "
-        "`DataLoader(dataset, batch_size=None, num_workers=2)`, shuffled from S3 with two lanes, as "
-        "docs/loader.md advises; by key `Batch.of_keys`; shuffled within windows of 1,024 rows of "
-        "permuted row groups; every row's checksums are checked"
+        "`DataLoader(dataset, batch_size=None, num_workers=2)`, shuffled from S3 with two lanes, "
+        "as docs/loader.md advises; by key `Batch.of_keys`; shuffled within windows of 1,024 rows "
+        "of permuted row groups; every row's checksums are checked"
     )
     _cache: CarvedCache | None = None
 

@@ -128,7 +128,7 @@ def _rates(found: Results, loaders: Mapping[str, type[Loader]], *, ours: str, na
 
 
 _BEST = "ours / best other"
-_BOUNDS = {"read()": "bytes_s", "read() into 3 buffers": "turns_bytes_s"}
+_BOUNDS = {"read()": "bytes_s", "read() by 2 threads": "threads_bytes_s"}
 
 
 def _noise(found: Results) -> str:
@@ -257,8 +257,8 @@ _METHOD = """\
   rows; this project shuffles row groups and the rows within.
 - **Local disk**: the files are read once right before each measurement, so they come from the
   page cache. `read()` reads the bytes of this project's Parquet files in pieces of 8 MiB into one
-  buffer, or into three by turns, as a loader must that reads ahead: the batch in use, the next,
-  and the one being filled. From S3, in ranged GETs of 16 MiB by 8 threads. It makes no tensors.
+  buffer; two threads of it into one each, half of the files each. From S3 it is botocore's, in
+  ranged GETs of 16 MiB by 8 threads. It makes no tensors.
 - **S3** is Ceph's gateway with all its objects in memory, on the same machine: it takes its share
   of the same cores, and there is no network to wait for. In a round it is started anew for each
   loader and holds its data alone. A steady rate above that of `read()` means that what was counted
@@ -268,4 +268,5 @@ _METHOD = """\
 - **Memory** is what `/proc/PID/smaps_rollup` says of the process and all below it, read every
   50 ms, less what the process had after its imports: *own* is anonymous and shared memory, shared
   pages once; *mapped* is pages of files, which the system can take back. The consumer pauses 20 ms
-  after each batch. Workers that are spawned import their libraries again, and that counts."""
+  after each batch. Workers that are spawned (Lance's) import their libraries again, and that
+  counts."""

@@ -113,12 +113,14 @@ class Stream:
     ) -> Iterator[tuple[Numbers, int]]:
         """Yield the positions that are fetched at once, with their bytes; put shares in `ahead`.
 
-        Those behind the first share wait for it: it is sooner there alone.
+        Those behind the first share wait for it: it is sooner there alone, and the interpreter
+        with it.
         """
         left = iter(shares)
         for share in itertools.islice(left, 1):
             ahead.append(share)
             yield share.positions, int(self._sizes(share).sum())
+        has_first.wait()
         largest = max(1, self.prefetch_bytes // 2)
         held: list[Numbers] = []
         held_bytes, together = 0, -1
@@ -130,13 +132,11 @@ class Stream:
             for rows in np.split(np.arange(len(marks)), cuts):
                 size, mark = int(sizes[rows].sum()), int(marks[rows[0]])
                 if held and (mark != together or held_bytes + size > largest):
-                    has_first.wait()
                     yield np.concatenate(held), held_bytes
                     held, held_bytes = [], 0
                 held.append(share.positions[rows])
                 held_bytes, together = held_bytes + size, mark
         if held:
-            has_first.wait()
             yield np.concatenate(held), held_bytes
 
     def _sizes(self, share: Share) -> Numbers:
