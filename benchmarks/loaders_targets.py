@@ -78,19 +78,18 @@ WHY = """\
 Why some are missed, and what would meet them:
 
 - **One process, from the page cache.** The best others map a file and copy each row out of it
-  once, when it is asked for, and check nothing. Here a thread reads ahead, checks every byte, and
-  takes turns with its consumer at the interpreter's lock; what reading ahead is for, a consumer
-  that works and a disk that makes it wait, is not in this measurement. Nearer to `read()`, and to
-  the best others, would come a loop over rows in compiled code, outside that lock. Twice the
-  speed of one copy is out of reach for whoever copies: it would take batches that are views of
-  mapped files, which cannot be written to, are not checked, and end the process when a file is
-  cut short.
-- **From S3**, on a machine that the server shares, the best others come near to what `read()`
-  itself gives, or count what was fetched before. Two workers share those cores once more; the
-  shuffled ones begin with two interpreters, so their first batch is late, and fetch a window each
-  at first.
-- **A first batch of rows that lie apart** takes as many requests as rows, which the server
-  answers on the same cores. Why by key it is later than Lance's, though all of the rows come
-  sooner, was not taken apart.
-- **Memory from S3** grows until `prefetch_bytes` are loaded and as many are on their way; with
-  workers, in each of them. Fetching straight into the memory of batches would halve it."""
+  once, when it is asked for, and check nothing. Here each byte is copied once, too, and checked,
+  and a thread that reads ahead takes turns with its consumer at the interpreter's lock. Twice the
+  best other is about what `read()` gives by both cores, with nothing made of it: no loader that
+  copies could reach it here. A loop over rows in compiled code, outside the lock, would come
+  nearer; more would take batches that are views of mapped files, which cannot be written to, are
+  not checked, and end the process when a file is cut short.
+- **From S3**, where the server has its share of the same cores, the best others come near to what
+  `read()` itself gives, or count what was fetched before: litdata's copy on the local disk, the
+  Parquet stream's first seconds. Over the whole epoch neither is ahead. A shuffled epoch's second
+  batch waits for a window of 1,024 rows, and two are fetched at once: it comes as much as a second
+  behind the first, and that is half of a short measurement. By key each row is a request, here as
+  in Lance; this process takes a quarter of that time (`s3_reads.md`), the server and the kernel
+  the rest. What would show more is a server on another machine, and a smaller second fetch.
+- **Memory**: why ragged rows take 3 MB more at the end, and two workers from S3 half as much again
+  or more, was not taken apart."""

@@ -9,7 +9,7 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
-from pipeline import CarvedDataset, open_cache
+from pipeline import Batch, CarvedDataset, open_cache
 from pipeline.cache.commit import claim_identity
 from pipeline.cache.snapshot import build_snapshot
 from pipeline.cli import app
@@ -89,6 +89,11 @@ def test_a_cache_put_there_by_other_means_reads_as_the_original(url, tmp_path):
     for key in theirs:
         assert torch.equal(theirs[key].features, ours[key].features)
     assert [row.key for row in CarvedDataset(theirs)] == list(ours.keys())
+    shuffled = [
+        [b.keys for b in CarvedDataset(c, batch_size=5, shuffle=True)] for c in (ours, theirs)
+    ]
+    assert shuffled[0] == shuffled[1]
+    assert Batch.of_keys(theirs, ["k07", "k03"]).keys == ["k07", "k03"]
     result = CliRunner().invoke(app, ["verify", there.url])
     assert result.exit_code == ExitCode.OK, result.output
 

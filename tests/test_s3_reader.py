@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from pipeline.errors import NotFoundError, StorageError
-from pipeline.storage import Store, _s3_reader, open_store
+from pipeline.storage import Store, _backend, _s3_reader, open_input, open_store, stat_input
 from pipeline.storage._s3_reader import S3Reader, open_s3_reader
+from tests.servers.clients import client_environment
+from tests.servers.radosgw import Radosgw
 
 DATA = bytes(range(256)) * 40
 
@@ -192,6 +194,49 @@ def test_names_of_any_kind_are_read_and_listed(s3_url: str) -> None:
     assert not has_s3fs(other)
 
 
+def test_the_root_of_a_bucket_is_listed(radosgw: Radosgw) -> None:
+    with client_environment(radosgw.environment()):
+        url = radosgw.create_bucket()
+        open_store(url).put("a/b", b"x")
+        open_store(url).put("c", b"y")
+        store = open_store(url)
+
+        assert store.list_names() == ["a", "c"]
+        assert store.read("c") == b"y"
+        assert not has_s3fs(store)
+
+
+def test_an_input_is_read_likewise(s3_url: str) -> None:
+    data = os.urandom(20_000_000)
+    open_store(s3_url).put("shard.tar", data)
+    with open_input(stat_input(f"{s3_url}/shard.tar")) as stream:
+        reader = stream._backend.s3_reader
+        assert reader is not None
+        asked = []
+        ask = reader._ask
+        reader._ask = lambda *args: asked.append(args[2]["Range"]) or ask(*args)
+
+        assert stream.read(30_000_000) == data
+
+    assert asked == ["bytes=0-8388607", "bytes=8388608-16777215", "bytes=16777216-19999999"]
+
+
+def test_many_threads_that_begin_at_once_open_one_reader(
+    s3_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_store(s3_url).put("data", DATA)
+    store, opened = open_store(s3_url), []
+    monkeypatch.setattr(
+        _backend, "open_s3_reader", lambda url: opened.append(url) or open_s3_reader(url)
+    )
+
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda number: store.read_range("data", number, 1), range(16)))
+
+    assert b"".join(found) == DATA[:16]
+    assert len(opened) == 1
+
+
 def test_a_long_listing_comes_in_pages(s3_url: str) -> None:
     store = open_store(s3_url)
     with ThreadPoolExecutor(8) as pool:
@@ -236,7 +281,7 @@ def test_a_server_that_refuses_is_left_to_s3fs_for_a_while(
     assert len(asked) == 3
     assert has_s3fs(store)
     (record,) = [r for r in caplog.records if r.name.endswith("_s3_reader")]
-    assert "failed 3 times in a row (403: " in record.getMessage()
+    assert "failed 3 times in a row (403 AccessDenied)" in record.getMessage()
     monkeypatch.undo()
     monkeypatch.setattr(store._backend.s3_reader, "_paused_until", 0.0)
     monkeypatch.setattr(store._backend, "_opened", None)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import threading
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
@@ -23,6 +24,9 @@ _SECRET = re.compile(
 
 _TIMES = ("LastModified", "last_modified", "updated", "mtime", "created")
 """What drivers call the time of the last change."""
+
+_opening = [threading.Lock()]  # many threads may begin at once
+os.register_at_fork(after_in_child=lambda: _opening.__setitem__(0, threading.Lock()))
 
 
 class Backend:
@@ -59,9 +63,21 @@ class Backend:
         """What reads it without Python's event loop, where there is something."""
         if not self.is_s3:
             return None
-        if self._s3_reader is None or self._s3_reader[0] != os.getpid():
-            self._s3_reader = (os.getpid(), open_s3_reader(self.url))
-        return self._s3_reader[1]
+        known = self._s3_reader
+        if known is None or known[0] != os.getpid():
+            with _opening[0]:
+                known = self._s3_reader
+                if known is None or known[0] != os.getpid():
+                    known = self._s3_reader = (os.getpid(), open_s3_reader(self.url))
+        return known[1]
+
+    def read_range(self, path: str, offset: int, length: int) -> bytes:
+        """Return `length` bytes from `offset` on, or those that there are."""
+        reader = self.s3_reader
+        found = None if reader is None else reader.read_range(path, offset, length)
+        if found is not None:
+            return found
+        return bytes(self.fs.cat_file(path, start=offset, end=offset + length))
 
     @property
     def is_local(self) -> bool:

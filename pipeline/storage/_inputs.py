@@ -174,8 +174,7 @@ class InputStream:
             if self._descriptor is not None:
                 data = os.pread(self._descriptor, length, offset)
             else:
-                backend = self._backend
-                data = bytes(backend.fs.cat_file(backend.path, start=offset, end=offset + length))
+                data = self._backend.read_range(self._backend.path, offset, length)
             if len(data) != length:
                 message = f"asked for {length} bytes at {offset}, got {len(data)}"
                 if self._pool is None:  # no network that may have lost the rest

@@ -103,10 +103,9 @@ class Store:
 
         def read() -> bytes:
             reader = self._backend.s3_reader
-            if reader is not None:
-                found = reader.read(full, most)
-                if found is not None:
-                    return bytes(found)
+            found = None if reader is None else reader.read(full, most)
+            if found is not None:
+                return found
             fs = self._backend.fs
             if self._backend.is_s3:  # s3fs asks for the size first, unless told where to begin
                 try:
@@ -122,22 +121,17 @@ class Store:
     def read_range(self, path: str, offset: int, length: int) -> bytes:
         """Return exactly `length` bytes from `offset` on; fewer are an error."""
         self._check_range(path, offset, length)
-        full = self._full(path)
-
-        def read() -> bytes:
-            reader = self._backend.s3_reader
-            found = None if reader is None else reader.read_range(full, offset, length)
-            return self._by_driver(path, offset, length) if found is None else bytes(found)
-
-        return self._try("read", path, read) if length else b""
+        if not length:
+            return b""
+        return self._try("read", path, lambda: self._range(path, offset, length))
 
     def _check_range(self, path: str, offset: int, length: int) -> None:
         if offset < 0 or length < 0:
             raise StorageError(f"cannot read {length} bytes at {offset} of {self.url_of(path)}")
 
-    def _by_driver(self, path: str, offset: int, length: int) -> bytes:
+    def _range(self, path: str, offset: int, length: int) -> bytes:
         full = self._full(path)
-        data = bytes(self._backend.fs.cat_file(full, start=offset, end=offset + length))
+        data = self._backend.read_range(full, offset, length)
         if len(data) != length:
             message = f"asked for {length} bytes at {offset}, got {len(data)}"
             size = self._backend.fs.info(full)["size"]
@@ -191,7 +185,7 @@ class Store:
         def read() -> None:
             reader = self._backend.s3_reader
             if reader is None or not reader.read_into(full, offset, views):
-                scatter(memoryview(self._by_driver(path, offset, length)), views)
+                scatter(memoryview(self._range(path, offset, length)), views)
 
         if length:
             self._try("read", path, read)
