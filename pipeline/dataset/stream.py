@@ -1,6 +1,5 @@
 """Load the shares of one reader: what lies together by one request, the next ones ahead."""
 
-import itertools
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -117,9 +116,11 @@ class Stream:
         with it.
         """
         left = iter(shares)
-        for share in itertools.islice(left, 1):
-            ahead.append(share)
-            yield share.positions, int(self._sizes(share).sum())
+        first = next(left, None)
+        if first is None:
+            return
+        ahead.append(first)
+        yield first.positions, int(self._sizes(first).sum())
         has_first.wait()
         largest = max(1, self.prefetch_bytes // 2)
         held: list[Numbers] = []
