@@ -256,12 +256,11 @@ def _check_batch(batch: LoadedBatch, corpus: Corpus) -> None:
 
 def read(task: Task) -> dict[str, Any]:
     """Read the same bytes with no loader at all."""
-    if task.place.is_remote:
-        return {"bytes_s": _bytes_s(task, plain_read(task.place))}
     found = {"bytes_s": _bytes_s(task, plain_read(task.place))}
-    halves = [plain_read(task.place, part=part, parts=_THREADS) for part in range(_THREADS)]
-    with ThreadPoolExecutor(_THREADS) as pool:
-        found["threads_bytes_s"] = sum(pool.map(lambda pieces: _bytes_s(task, pieces), halves))
+    if not task.place.is_remote:
+        halves = [plain_read(task.place, part=part, parts=_THREADS) for part in range(_THREADS)]
+        with ThreadPoolExecutor(_THREADS) as pool:
+            found["threads_bytes_s"] = sum(pool.map(lambda half: _bytes_s(task, half), halves))
     return found
 
 

@@ -155,17 +155,18 @@ def _plain_gets(url: str) -> Iterator[int]:
     settings = botocore.config.Config(max_pool_connections=_GET_THREADS)
     client = botocore.session.Session().create_client("s3", config=settings)
 
-    def get(piece: tuple[str, int, int]) -> int:
-        path, start, end = piece
-        bucket, _, key = path.partition("/")
-        wanted = f"bytes={start}-{end - 1}"
-        body = client.get_object(Bucket=bucket, Key=key, Range=wanted)["Body"]
-        return sum(map(len, iter(lambda: body.read(_GET_PIECE_BYTES), b"")))
-
     pieces = [
         (path, start, min(start + _GET_BYTES, size))
         for path, size in sizes.items()
         for start in range(0, size, _GET_BYTES)
     ]
     with ThreadPoolExecutor(_GET_THREADS) as pool:
-        yield from pool.map(get, pieces)
+        yield from pool.map(lambda piece: sum(map(len, get_range(client, *piece))), pieces)
+
+
+def get_range(client: Any, path: str, start: int, stop: int) -> Iterator[bytes]:  # noqa: ANN401
+    """Yield the bytes of a range of `bucket/key` in pieces as they come, by botocore's client."""
+    bucket, _, key = path.partition("/")
+    wanted = f"bytes={start}-{stop - 1}"
+    body = client.get_object(Bucket=bucket, Key=key, Range=wanted)["Body"]
+    return iter(lambda: body.read(_GET_PIECE_BYTES), b"")

@@ -26,6 +26,7 @@ import obstore.store
 import s3fs
 
 from benchmarks.hardware import processor
+from benchmarks.loaders_raw import get_range
 from benchmarks.loaders_store import s3_server
 from pipeline.storage import open_store
 from tests.network import isolate
@@ -65,9 +66,7 @@ def ways(bucket: str) -> dict[str, Read]:
         view[:] = driver.cat_file(f"{bucket}/x/{name}", start=start, end=start + len(view))
 
     def by_client(name: str, start: int, view: memoryview) -> None:
-        wanted = f"bytes={start}-{start + len(view) - 1}"
-        body = client.get_object(Bucket=bucket, Key=f"x/{name}", Range=wanted)["Body"]
-        _fill(view, iter(lambda: body.read(_PIECE_BYTES), b""))
+        _fill(view, get_range(client, f"{bucket}/x/{name}", start, start + len(view)))
 
     def whole(name: str, start: int, view: memoryview) -> None:
         found = obstore.get_range(compiled, f"x/{name}", start=start, length=len(view))

@@ -61,7 +61,7 @@ class Connections:
         connection = self._take() or self._connect()
         is_kept = False
         try:
-            connection.request("GET", target, headers=dict(headers))
+            connection.request("GET", target, headers=headers)
             with connection.getresponse() as answer:
                 yield answer
                 is_kept = answer.isclosed() and not answer.will_close
