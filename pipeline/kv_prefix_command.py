@@ -1,15 +1,16 @@
 """The command `carve kv-prefix`; `pipeline/cli.py` registers it."""
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 import yaml
 
 from pipeline.carved_cache import open_cache
-from pipeline.consumers.checkpoint import load_without_tower
-from pipeline.consumers.kv_writer import PrefixSummary, write_prefixes
 from pipeline.errors import ConfigError
 from pipeline.types import Placement
+
+if TYPE_CHECKING:
+    from pipeline.consumers.kv_writer import PrefixSummary
 
 _DTYPES = Literal["float32", "bfloat16", "float16"]
 
@@ -43,7 +44,11 @@ def kv_prefix(  # noqa: PLR0913  (one argument a flag)
     Larger than the tokens themselves, often many times: docs/kv_prefix.md says when it pays. The
     prompt holds the image token once: "USER: <image>\n", say. Run again, it makes what is missing.
     """
+    # Models take seconds to import, and every other command waited for them.
     import torch
+
+    from pipeline.consumers.checkpoint import load_without_tower
+    from pipeline.consumers.kv_writer import write_prefixes
 
     cache = open_cache(url, keep_tokens=keep_tokens)
     loaded, tokenizer = load_without_tower(
@@ -77,7 +82,7 @@ def _options(given: list[str]) -> dict[str, Any]:
     return options
 
 
-def _lines(summary: PrefixSummary) -> list[str]:
+def _lines(summary: "PrefixSummary") -> list[str]:
     todo = summary.num_shards - summary.num_done_before
     if not todo:
         return [f"nothing to do: all {summary.num_shards} shards are in {summary.url}"]

@@ -1,5 +1,7 @@
 """The `carve` command, where it needs no Ray."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,13 @@ def cache(tmp_path: Path) -> Path:
     commit_rows(store, "s", [make_row(f"k{i}", seed=i, num_tokens=5) for i in range(3)])
     build_snapshot(store)
     return tmp_path / "cache"
+
+
+def test_no_command_waits_for_models_or_a_cluster_that_it_does_not_use() -> None:
+    unused = {"transformers", "ray", "torch._dynamo"}
+    code = f"import sys; import pipeline.cli; assert not {unused} & sys.modules.keys()"
+
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_plan_counts_and_changes_nothing(tmp_path: Path) -> None:
