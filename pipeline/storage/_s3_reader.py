@@ -29,7 +29,8 @@ from xml.etree import ElementTree
 import fsspec.config
 from fsspec.core import split_protocol
 
-from pipeline.storage._driver import CONNECT_TIMEOUT_S, READ_TIMEOUT_S, S3
+from pipeline.storage import _driver
+from pipeline.storage._driver import S3
 from pipeline.storage._http import Connections, NotConnectedError
 from pipeline.storage._retry import BrokenAnswerError
 from pipeline.storage._views import num_bytes
@@ -91,8 +92,8 @@ class S3Reader:
         self._place = place
         self._connections = Connections(
             place.endpoint,
-            connect_timeout_s=CONNECT_TIMEOUT_S,
-            read_timeout_s=READ_TIMEOUT_S,
+            connect_timeout_s=_driver.CONNECT_TIMEOUT_S,
+            read_timeout_s=_driver.READ_TIMEOUT_S,
             context=context,
         )
         self._signed: OrderedDict[str, tuple[float, Mapping[str, str]]] = OrderedDict()
