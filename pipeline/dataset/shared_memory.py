@@ -1,9 +1,10 @@
 """Memory that a DataLoader's worker reads into and its main process uses, again and again.
 
 Sent the usual way, each batch takes new shared memory, whose pages cost several times what reading
-into them does, in both processes. Here a worker keeps a few slots. A slot travels once; later only
-its name does. Its worker uses it again when as many of its batches have died in the main process as
-were sent there: each process counts what it alone knows, in its own word of the slot.
+into them does, in both processes. Here a worker keeps a few slots, as many as were in use at once.
+A slot travels once, and may take the place of one that was too small; later only its name does. Its
+worker uses it again when as many of its batches have died in the main process as were sent there:
+each process counts what it alone knows, in its own word of the slot.
 """
 
 import os
@@ -79,9 +80,12 @@ class SharedSlots:
     def take(self, num_bytes: int) -> Bytes:
         """Return (num_bytes,) of no particular content."""
         with self._lock:
-            fits = [s for s in self._slots if s.is_free and num_bytes <= s.capacity]
-            slot = min(fits, key=lambda s: s.capacity, default=None)
-            if slot is None:
+            free = sorted((s for s in self._slots if s.is_free), key=lambda s: s.capacity)
+            slot = next((s for s in free if num_bytes <= s.capacity), None)
+            if slot is None and free:  # all too small: the next may be larger still, by a little
+                slot = _Slot(self.name, free[0].number, num_bytes + num_bytes // 8)
+                self._slots[slot.number] = slot
+            elif slot is None:
                 slot = _Slot(self.name, len(self._slots), num_bytes)
                 self._slots.append(slot)
             return slot.content(num_bytes)
