@@ -91,5 +91,6 @@ Why some are missed, and what would meet them:
   behind the first, and that is half of a short measurement. By key each row is a request, here as
   in Lance; this process takes a quarter of that time (`s3_reads.md`), the server and the kernel
   the rest. What would show more is a server on another machine, and a smaller second fetch.
-- **Memory**: why ragged rows take 3 MB more at the end, and two workers from S3 half as much again
-  or more, was not taken apart."""
+- **Memory**: why ragged rows take 3 MB more at the end was not taken apart. Two workers from S3
+  kept shared memory of every size that they had ever fetched; since this was measured they give
+  back what is too small (`tests/dataset/test_shared_memory.py`)."""
