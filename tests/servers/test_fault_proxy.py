@@ -1,7 +1,9 @@
 """The proxy harms what it is told to, and nothing else."""
 
+import gc
 import http.client
 import http.server
+import socket
 import threading
 import time
 import urllib.request
@@ -170,3 +172,14 @@ def test_delayed_and_slow_replies_arrive_whole(proxy):
 def test_a_store_that_is_down_resets_connections():
     with FaultProxy(1) as proxy, pytest.raises(OSError, match="reset"):
         get(proxy)
+
+
+def test_what_connects_while_it_ends_is_closed():
+    with socket.create_server(("127.0.0.1", 0)) as store:
+        for _ in range(3):
+            with FaultProxy(store.getsockname()[1]) as proxy:
+                clients = [socket.create_connection(("127.0.0.1", proxy.port)) for _ in range(40)]
+            for client in clients:
+                client.close()
+            del proxy
+            gc.collect()  # of a connection that was left open pytest makes an error
