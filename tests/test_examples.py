@@ -221,17 +221,13 @@ def without_tower_file(place: Place, folder: Path) -> str:
 
 
 def run_script(name: str, arguments: Sequence[str]) -> tuple[subprocess.CompletedProcess[str], int]:
-    """Run an example in its own process; return what came of it and its peak memory in bytes.
-
-    `ru_maxrss` would be no less than that of the process that starts it: `exec` hands it on.
-    """
+    """Run an example in its own process; return what came of it and its peak memory in bytes."""
     wrapped = (
         "import runpy, sys; sys.argv = sys.argv[1:]\n"
+        "from tests.process_memory import memory_bytes\n"
         "sys.path.insert(0, 'examples')\n"
         "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
-        "finally:\n"
-        "    status = dict(line.split(':') for line in open('/proc/self/status'))\n"
-        "    print('peak', int(status['VmHWM'].split()[0]))"
+        "finally: print('peak', memory_bytes('VmHWM'))"
     )
     done = subprocess.run(
         [sys.executable, "-c", wrapped, f"examples/{name}.py", *arguments],
@@ -242,7 +238,7 @@ def run_script(name: str, arguments: Sequence[str]) -> tuple[subprocess.Complete
         timeout=200,
         check=False,
     )
-    return done, int(done.stdout.rsplit("peak", 1)[1]) << 10
+    return done, int(done.stdout.rsplit("peak", 1)[1])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from Linux's /proc")

@@ -12,6 +12,7 @@ import pytest
 from pipeline.errors import NotFoundError, StorageError
 from pipeline.storage import Store, _backend, _s3_reader, open_input, open_store, stat_input
 from pipeline.storage._s3_reader import S3Reader, open_s3_reader
+from tests.process_memory import memory_bytes
 from tests.servers.clients import client_environment
 from tests.servers.radosgw import Radosgw
 
@@ -28,12 +29,6 @@ def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def by_http(store: Store) -> bool:
     return store._backend.s3_reader is not None
-
-
-def memory_bytes(name: str) -> int:
-    """Return what the system says of this process's memory: VmRSS now, VmHWM at most."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{name}:"))
 
 
 def has_s3fs(store: Store) -> bool:

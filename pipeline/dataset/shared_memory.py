@@ -69,7 +69,7 @@ class SharedSlots:
 
     def __init__(self) -> None:
         self.name = f"{os.getpid()}-{uuid.uuid4().hex}"
-        self._slots: list[_Slot] = []
+        self._slots: dict[int, _Slot] = {}
         self._lock = threading.Lock()
 
     @property
@@ -80,14 +80,12 @@ class SharedSlots:
     def take(self, num_bytes: int) -> Bytes:
         """Return (num_bytes,) of no particular content."""
         with self._lock:
-            free = sorted((s for s in self._slots if s.is_free), key=lambda s: s.capacity)
+            free = sorted((s for s in self._slots.values() if s.is_free), key=lambda s: s.capacity)
             slot = next((s for s in free if num_bytes <= s.capacity), None)
-            if slot is None and free:  # all too small: the next may be larger still, by a little
-                slot = _Slot(self.name, free[0].number, num_bytes + num_bytes // 8)
-                self._slots[slot.number] = slot
-            elif slot is None:
-                slot = _Slot(self.name, len(self._slots), num_bytes)
-                self._slots.append(slot)
+            if slot is None:
+                # In place of one that is too small, and then with room: sizes vary, it seems.
+                number, room = (free[0].number, num_bytes // 8) if free else (len(self._slots), 0)
+                slot = self._slots[number] = _Slot(self.name, number, num_bytes + room)
             return slot.content(num_bytes)
 
 

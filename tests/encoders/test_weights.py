@@ -271,10 +271,7 @@ MEASURE = """
 import sys, torch
 import numpy as np
 from pipeline import encoders
-
-def status(name):
-    with open("/proc/self/status") as lines:
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+from tests.process_memory import memory_bytes
 
 def run(model):
     encoder = encoders.build(sys.argv[3], {"model": model})
@@ -284,9 +281,9 @@ def run(model):
 run(sys.argv[1])
 with open("/proc/self/clear_refs", "w") as control:
     control.write("5")  # forget the peak so far
-before = status("VmRSS:")
+before = memory_bytes("VmRSS")
 run(sys.argv[2])
-sys.stdout.write(str(status("VmHWM:") - before))
+sys.stdout.write(str(memory_bytes("VmHWM") - before))
 """
 
 
