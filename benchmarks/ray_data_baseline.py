@@ -2,11 +2,18 @@
 
     read_webdataset -> map: decode, preprocess -> map_batches on an actor pool -> write_parquet
 
-Two forms. *Usual*: Pillow and the model's own transformers image processor in `map`, so that its
-float32 pixel values travel, as users write it; the processor has the backend whose pixels the
-pipeline makes in that run (option `resize` of the encoder). *Lean*: decoder and preprocessing of
-this pipeline, uint8 pixels, so that only the way the data travels differs. Encoder, carver, codec,
-checksums and stored columns are the pipeline's own in both.
+Three forms, each with more of this pipeline in it:
+
+- *usual*: all as its users write it. Pillow and the model's own transformers image processor in
+  `map`, so that its float32 pixel values travel; the processor has the backend whose pixels the
+  pipeline makes in that run (option `resize` of the encoder). transformers' own model in
+  `map_batches`, asked for its attention weights, which its eager attention alone can return.
+- *encoder*: the same with this project's encoder, which runs no layer that is not needed and keeps
+  fused attention.
+- *lean*: decoder and preprocessing of this pipeline too, uint8 pixels, so that only the way the
+  data travels differs.
+
+Carver, codec, checksums and stored columns are the pipeline's own in all.
 """
 
 import hashlib
@@ -16,7 +23,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -26,11 +33,14 @@ import ray.data
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
 from pipeline.cache import row
 from pipeline.decode import decode_image
 from pipeline.job import Job
-from pipeline.types import VisualTokens
+from pipeline.types import CarvedTokens, VisualTokens
+
+Form = Literal["usual", "encoder", "lean"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +53,7 @@ class Setting:
         task_cpus: CPUs that Ray counts for a task that reads, decodes and preprocesses.
         batch_size: images per encoder call.
         actor_gpus: GPUs of an actor.
-        usual: the usual form, else the lean one.
+        form: how much of it is this pipeline's own.
     """
 
     actors: int
@@ -51,7 +61,7 @@ class Setting:
     task_cpus: float
     batch_size: int
     actor_gpus: float = 0.0
-    usual: bool = True
+    form: Form = "usual"
 
     def __str__(self) -> str:
         """Return the setting in words."""
@@ -127,8 +137,10 @@ class _Carve:
     def __init__(self, job: Job, device: str) -> None:
         torch.set_num_threads(1)
         self.job = job
-        dtype = getattr(torch, job.config.runner.dtype)
-        job.encoder.load(device=device, dtype=dtype, signals=job.carver.needs)
+        self._load(device, getattr(torch, job.config.runner.dtype))
+
+    def _load(self, device: str, dtype: torch.dtype) -> None:
+        self.job.encoder.load(device=device, dtype=dtype, signals=self.job.carver.needs)
 
     def __call__(self, batch: Mapping[str, Any]) -> pa.Table:
         group = self._encode(batch["pixels"])
@@ -154,7 +166,7 @@ class _Carve:
         grid = encoder._grid(*pixels.shape[2:])
         return VisualTokens(features=features_BND, grid=grid, signals=signals)
 
-    def _pack(self, carved: Any, grid: tuple[int, int]) -> dict[str, Any]:  # noqa: ANN401
+    def _pack(self, carved: CarvedTokens, grid: tuple[int, int]) -> dict[str, Any]:
         order = np.argsort(carved.ranks.cpu().numpy(), kind="stable")
         by_rank = torch.from_numpy(order).to(carved.features.device)
         packed = self.job.codec.pack(carved.features[by_rank])
@@ -173,12 +185,49 @@ class _Carve:
         }
 
 
+class _CarveAsUsual(_Carve):
+    """The same with transformers' own LLaVA, as its users call it."""
+
+    def _load(self, device: str, dtype: torch.dtype) -> None:
+        from transformers import LlavaForConditionalGeneration
+
+        # The only attention of transformers that returns its weights.
+        model = LlavaForConditionalGeneration.from_pretrained(
+            self.job.encoder.model, dtype=dtype, attn_implementation="eager"
+        )
+        self._model: Any = model.model.eval().to(device)
+        self._layer = model.config.vision_feature_layer
+        layer = self._model.vision_tower.encoder.layers[self._layer]
+        layer.self_attn.out_proj.register_forward_hook(self._catch)
+        self._output: list[Tensor] = []
+
+    def _catch(self, _module: object, _inputs: object, output: Tensor) -> None:
+        self._output = [output]
+
+    def _encode(self, pixels: NDArray[Any]) -> VisualTokens:
+        values_BCHW = torch.from_numpy(pixels).to(self._model.device, self._model.dtype)
+        with torch.inference_mode():
+            seen = self._model.vision_tower(
+                values_BCHW, output_attentions=True, output_hidden_states=True
+            )
+            features_BND = seen.hidden_states[self._layer][:, 1:]
+            attention_BHTT = seen.attentions[self._layer].float()
+            signals = {
+                "cls_attention": attention_BHTT[:, :, 0, 1:].mean(dim=1),
+                "attention_output": self._output.pop()[:, 1:].float(),
+            }
+            if self.job.encoder.stage == "projected":
+                features_BND = self._model.multi_modal_projector(features_BND)
+        grid = self.job.encoder._grid(*pixels.shape[2:])
+        return VisualTokens(features=features_BND, grid=grid, signals=signals)
+
+
 def run(job: Job, shards: Sequence[Path], output: Path, setting: Setting) -> None:
     """Carve the shards into Parquet files in `output`, which is emptied first.
 
     Runs in the Ray session of the caller.
     """
-    if setting.usual:
+    if setting.form != "lean":
         own_processor(job)  # to fail here rather than in every task
     shutil.rmtree(output, ignore_errors=True)
     context = ray.data.DataContext.get_current()
@@ -186,10 +235,10 @@ def run(job: Job, shards: Sequence[Path], output: Path, setting: Setting) -> Non
     dataset = ray.data.read_webdataset(
         [str(path) for path in shards], decoder=None, num_cpus=setting.task_cpus
     )
-    preprocess = _PreprocessAsUsual(job) if setting.usual else _Preprocess(job)
+    preprocess = _Preprocess(job) if setting.form == "lean" else _PreprocessAsUsual(job)
     dataset = dataset.map(preprocess, num_cpus=setting.task_cpus)
     dataset = dataset.map_batches(
-        _Carve,
+        _CarveAsUsual if setting.form == "usual" else _Carve,
         fn_constructor_args=(job, "cuda" if setting.actor_gpus else "cpu"),
         batch_size=setting.batch_size,
         batch_format="numpy",

@@ -25,7 +25,7 @@ from tests.encoders.tiny_models import save_llava
 from tests.fakes import write_corpus
 from tests.servers.fault_proxy import FaultProxy
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(params=["s3_url", "azure_url"])

@@ -146,6 +146,7 @@ def test_a_copied_model_is_left_alone_when_copied_again(model: Path) -> None:
     assert {path.name: path.stat().st_mtime_ns for path in model.iterdir()} == written_at
 
 
+@pytest.mark.slow
 def test_uncarved_tokens_of_the_encoder_give_the_answers_that_pixels_give(model: Path) -> None:
     quizzes = [draw_quiz(random.Random(f"demo test {number}")) for number in range(12)]
     pixels = [np.asarray(quiz.image) for quiz in quizzes]
@@ -293,6 +294,7 @@ def run_cli(folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_the_demo_runs_from_end_to_end_and_has_nothing_to_do_the_second_time(
     tmp_path: Path,
 ) -> None:

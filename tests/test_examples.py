@@ -150,8 +150,15 @@ def pixel_batches(place: Place, language: CachedModel, options: Namespace) -> It
         yield Sequences(dict(inputs), labels)
 
 
-@pytest.mark.parametrize("placement", ["packed", "weighted"])
-@pytest.mark.parametrize("stage", ["projected", "pre_projector"])
+@pytest.mark.parametrize(
+    ("stage", "placement"),
+    [
+        ("projected", "weighted"),
+        ("pre_projector", "packed"),
+        pytest.param("projected", "packed", marks=pytest.mark.slow),
+        pytest.param("pre_projector", "weighted", marks=pytest.mark.slow),
+    ],
+)
 def test_training_from_a_cache_has_the_losses_of_training_from_pixels(
     stage: str, placement: str, place: Place, tmp_path: Path
 ) -> None:
@@ -171,6 +178,7 @@ def test_training_from_a_cache_has_the_losses_of_training_from_pixels(
     assert (tmp_path / "projector.safetensors").exists() is (stage == "pre_projector")
 
 
+@pytest.mark.slow
 def test_what_was_trained_is_saved_and_answers_otherwise(
     place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -255,6 +263,7 @@ def test_training_neither_reads_nor_allocates_the_tower(place: Place, tmp_path: 
     assert not (Path(model) / "tower.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_training_again_with_the_same_seed_gives_the_same_and_another_does_not(
     place: Place, tmp_path: Path
 ) -> None:
@@ -265,6 +274,7 @@ def test_training_again_with_the_same_seed_gives_the_same_and_another_does_not(
     assert one == again != other
 
 
+@pytest.mark.slow
 def test_a_training_from_the_caches_own_questions_learns_in_bfloat16(
     place: Place, tmp_path: Path
 ) -> None:
@@ -397,6 +407,7 @@ def asking(place: Place, output: object, *more: object) -> list[str]:
     return place.arguments("carved", *asked, "--batch-size", 2, "--rows-per-part", 3, *more)
 
 
+@pytest.mark.slow
 def test_every_image_of_a_corpus_has_one_answer_as_parquet(place: Place, tmp_path: Path) -> None:
     done, _ = run_script("ask_a_corpus", asking(place, tmp_path / "answers"))
 

@@ -101,6 +101,7 @@ def hook() -> Iterator[ThreadingHTTPServer]:
     server.server_close()
 
 
+@pytest.mark.slow
 def test_the_command_takes_input_output_and_settings_and_reports_failures(
     tmp_path: Path, config: Path, hook: ThreadingHTTPServer
 ) -> None:
@@ -147,6 +148,7 @@ def test_a_mistake_in_the_config_is_a_line_of_the_log_too(config: Path) -> None:
     assert (line["level"], "runner.batch_size" in line["message"]) == ("ERROR", True)
 
 
+@pytest.mark.slow
 def test_sigterm_ends_the_script_with_75_and_the_same_command_resumes(
     tmp_path: Path, config: Path
 ) -> None:

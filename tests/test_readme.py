@@ -1,11 +1,11 @@
 """README says what is true: its tables are the plug-ins', its example works."""
 
 import re
-import subprocess
-import sys
 
 import pytest
+from typer.testing import CliRunner
 
+from pipeline.cli import app
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -19,10 +19,10 @@ def section(name: str) -> str:
 
 @pytest.mark.parametrize("kind", ["carvers", "codecs", "encoders"])
 def test_the_tables_are_what_the_command_prints(kind: str) -> None:
-    command = [sys.executable, "-m", "pipeline", "list", kind]
-    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    printed = CliRunner().invoke(app, ["list", kind])
 
-    assert section(kind) == printed.strip()
+    assert printed.exit_code == 0, printed.output
+    assert section(kind) == printed.stdout.strip()
 
 
 def test_the_two_commands_stand_first() -> None:

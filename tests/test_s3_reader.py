@@ -240,6 +240,7 @@ def test_many_threads_that_begin_at_once_open_one_reader(
     assert len(opened) == 1
 
 
+@pytest.mark.slow
 def test_a_long_listing_comes_in_pages(s3_url: str) -> None:
     store = open_store(s3_url)
     with ThreadPoolExecutor(8) as pool:

@@ -104,7 +104,9 @@ def elbow_by_the_text(rows: Tensor, max_clusters: int, seed: int) -> list[int]:
     return drawn_k_means(rows, count, generator)[0]
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))]
+)
 def test_the_elbow_form_equals_the_published_rule_with_the_same_draws(seed):
     tokens = blobs(17, (5, 8), seed=seed)
 

@@ -38,7 +38,9 @@ def merged(features, kept: list[int]) -> tuple[torch.Tensor, list[int]]:
     return torch.stack(means).float(), [len(members[k]) for k in kept]
 
 
-@pytest.mark.parametrize("keep", [32, 64, 96])
+@pytest.mark.parametrize(
+    "keep", [32, *(pytest.param(keep, marks=pytest.mark.slow) for keep in (64, 96))]
+)
 def test_it_equals_a_slow_loop_on_the_published_grid(keep):
     tokens = make_tokens(NEEDS, batch=2, grid=(24, 24), width=16)
 

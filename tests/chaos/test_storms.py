@@ -14,8 +14,8 @@ from tests.chaos.storm import Findings
 Rage = Callable[..., Findings]
 
 SHORT = [
+    *(draw_storm(seed, "s3", is_short=True) for seed in (30, 14)),
     *(draw_storm(seed, "local", is_short=True) for seed in (12, 13, 18)),
-    *(draw_storm(seed, "s3", is_short=True) for seed in (14, 30)),
 ]
 
 
@@ -32,6 +32,7 @@ def name(plan: StormPlan) -> str:
 
 @pytest.mark.ray
 @pytest.mark.timeout(1800)
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", SHORT[1:], ids=name)
 def test_after_a_storm_the_cache_is_as_if_there_had_been_none(plan: StormPlan, rage: Rage) -> None:
     findings = rage(plan)

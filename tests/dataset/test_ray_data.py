@@ -97,6 +97,7 @@ def train_rank(config: dict[str, Any]) -> None:
     Path(config["output"], f"{rank}.json").write_text(json.dumps(seen))
 
 
+@pytest.mark.slow
 def test_the_workers_of_ray_train_share_the_rows(
     cache: CarvedCache, ray_cluster: None, tmp_path: Path
 ) -> None:

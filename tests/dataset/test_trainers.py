@@ -257,6 +257,7 @@ def run_rank(folder: str, output: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_ranks_of_the_trainer_share_the_rows(tmp_path: Path) -> None:
     folder = tmp_path / "cache"
     make_cache(folder)

@@ -354,6 +354,7 @@ def measured_growth(path, encoder, signal):
     return int(result.stdout)
 
 
+@pytest.mark.slow
 def test_a_tower_with_code_of_its_own_costs_little_more_than_itself_either(tmp_path):
     """Its whole model is built, the language model too, and none of that takes memory."""
     save_family(tmp_path / "tiny", "qwen2_5_vl")

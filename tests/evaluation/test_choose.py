@@ -164,6 +164,7 @@ def test_a_modest_wish_is_met_and_its_config_runs(run_file: Path, tmp_path: Path
     assert job.config.encoder == load_config(run_file).encoder
 
 
+@pytest.mark.slow
 def test_a_wish_that_nothing_meets_is_said_and_ends_with_3(run_file: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "run.yaml").write_text("of an earlier wish")

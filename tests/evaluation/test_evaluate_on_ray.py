@@ -33,6 +33,7 @@ def test_actors_give_the_same_tables_and_summary_as_one_process(tmp_path: Path) 
     assert spread["information"] == alone["information"]
 
 
+@pytest.mark.slow
 def test_weights_that_an_actor_cannot_load_are_a_configuration_error(tmp_path: Path) -> None:
     save_model(tmp_path / "model")
     shard = write_images(tmp_path / "in")

@@ -22,6 +22,7 @@ def test_the_shards_of_a_killed_actor_are_done_elsewhere(tmp_path: Path) -> None
     assert len(open_cache(str(tmp_path / "cache"))) == 13
 
 
+@pytest.mark.slow
 def test_a_shard_that_kills_every_actor_is_given_up_and_the_rest_is_done(tmp_path: Path) -> None:
     report = run(tmp_path, "kill_always", max_attempts=2)
 
@@ -41,6 +42,7 @@ def test_a_poisoned_shard_is_reported_without_stopping_the_rest(tmp_path: Path) 
     assert "poison" in report.failed[0].message
 
 
+@pytest.mark.slow
 def test_a_hung_actor_is_killed_and_its_shard_done_elsewhere(tmp_path: Path) -> None:
     report = run(tmp_path, "hang_once", heartbeat_s=4.0, duplicate_tail=None)
 
@@ -48,6 +50,7 @@ def test_a_hung_actor_is_killed_and_its_shard_done_elsewhere(tmp_path: Path) -> 
     assert report.retries["actor_hung"] >= 1
 
 
+@pytest.mark.slow
 def test_an_actor_that_always_hangs_is_killed_each_time_and_the_rest_is_done(
     tmp_path: Path,
 ) -> None:
@@ -62,6 +65,7 @@ def test_an_actor_that_always_hangs_is_killed_each_time_and_the_rest_is_done(
     assert len(open_cache(str(tmp_path / "cache"))) == 12
 
 
+@pytest.mark.slow
 def test_an_actor_that_is_stopped_is_killed_and_its_shard_done_elsewhere(tmp_path: Path) -> None:
     report = run(tmp_path, "stop_once", heartbeat_s=3.0, duplicate_tail=None)
 
@@ -85,6 +89,7 @@ def test_an_actor_that_fits_nowhere_ends_the_run_with_the_reason(
     assert "no node of the cluster can hold an actor of 0 GPU and 64 CPU" in caplog.text
 
 
+@pytest.mark.slow
 def test_other_weights_on_an_actors_host_are_refused(tmp_path: Path) -> None:
     job = make_job(tmp_path, encoder=Elsewhere(folder=str(tmp_path)))
     Path(tmp_path, "other weights").touch()

@@ -145,6 +145,7 @@ def test_what_actors_log_reaches_the_driver_with_its_place(eventful: Eventful) -
     assert "shard-00003.tar" in {Path(r.shard).name for r in done}
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_tells_so_too(tmp_path: Path) -> None:
     told = tmp_path / "told.json"
     code = "import sys; open(sys.argv[1], 'wb').write(sys.stdin.buffer.read())"

@@ -34,6 +34,7 @@ def test_a_corpus_is_carved_and_a_second_run_has_nothing_to_do(tmp_path: Path) -
     assert summary(tmp_path)["peak_rss_bytes"] > 50e6
 
 
+@pytest.mark.slow
 def test_only_what_earlier_runs_gave_up_is_tried_again_if_asked_to(tmp_path: Path) -> None:
     first = run(tmp_path, "raise_always", max_attempts=2)
     write_tar(tmp_path / "in" / "shard-00009.tar", [("new.jpg", encoded_image(5))])
@@ -48,6 +49,7 @@ def test_only_what_earlier_runs_gave_up_is_tried_again_if_asked_to(tmp_path: Pat
     assert (rest.num_committed, rest.num_left_out) == (1, 0)
 
 
+@pytest.mark.slow
 def test_a_run_may_be_limited_to_some_shards(tmp_path: Path) -> None:
     first = run(tmp_path, max_shards=1)
     second = run(tmp_path, max_shards=2)
@@ -61,6 +63,7 @@ def test_a_run_may_be_limited_to_some_shards(tmp_path: Path) -> None:
     assert len(open_cache(str(tmp_path / "cache"))) == 13
 
 
+@pytest.mark.slow
 def test_a_shard_that_was_begun_is_tried_again_within_the_limit(tmp_path: Path) -> None:
     """The marked shard, the second, kills its actor once."""
     report = run(tmp_path, "kill_once", max_shards=2, num_actors=1)
@@ -70,8 +73,8 @@ def test_a_shard_that_was_begun_is_tried_again_within_the_limit(tmp_path: Path) 
 
 
 def test_after_its_hours_a_run_starts_nothing_and_finishes_what_it_began(tmp_path: Path) -> None:
-    first = run(tmp_path, max_hours=1e-9)
-    second = run(tmp_path, max_hours=1.0)
+    first = run(tmp_path, max_hours=1e-9, num_actors=1)
+    second = run(tmp_path, max_hours=1.0, num_actors=1)
 
     # The hours were over at once, so nothing was begun.
     assert (first.num_committed, first.num_not_started) == (0, 4)
@@ -80,14 +83,15 @@ def test_after_its_hours_a_run_starts_nothing_and_finishes_what_it_began(tmp_pat
 
 
 def test_a_second_run_carves_only_what_is_new(tmp_path: Path) -> None:
-    run(tmp_path)
+    run(tmp_path, num_actors=1)
     write_tar(tmp_path / "in" / "shard-00009.tar", [])
 
-    second = run(tmp_path)
+    second = run(tmp_path, num_actors=1)
 
     assert (second.num_committed, second.num_done_before) == (1, 4)
 
 
+@pytest.mark.slow
 def test_a_shard_put_back_to_its_earlier_content_counts_as_it_is(tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "in", num_shards=1, num_images=2)
     shard = corpus / "shard-00000.tar"
@@ -108,7 +112,7 @@ def test_a_shard_put_back_to_its_earlier_content_counts_as_it_is(tmp_path: Path)
 
 
 def test_other_settings_are_refused_before_anything_starts(tmp_path: Path) -> None:
-    run(tmp_path)
+    run(tmp_path, num_actors=1)
 
     with pytest.raises(ConfigError, match=r"made with other settings \(encoder.salt: 0 there, 5"):
         run_job(make_job(tmp_path, encoder=FakeEncoder(salt=5)))
@@ -118,12 +122,13 @@ def test_equal_keys_in_two_shards_are_reported(tmp_path: Path) -> None:
     for number in range(2):
         write_tar(tmp_path / "in" / f"{number}.tar", [("same.jpg", encoded_image(number))])
 
-    report = run(tmp_path)
+    report = run(tmp_path, num_actors=1)
 
     assert (report.num_duplicates, report.exit_code) == (1, ExitCode.PARTIAL)
     assert len(open_cache(str(tmp_path / "cache"))) == 1
 
 
+@pytest.mark.slow
 def test_a_relative_output_is_one_place_for_driver_and_actors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -29,6 +29,7 @@ def test_out_of_memory_halves_the_batch(tmp_path: Path) -> None:
     assert report.retries["out_of_memory"] >= 2
 
 
+@pytest.mark.slow
 def test_whatever_the_words_out_of_memory_halves_the_batch(tmp_path: Path) -> None:
     write_corpus(tmp_path / "in", num_shards=1, num_images=70)
     job = make_job(tmp_path, encoder=Hungry(), batch_size=64, num_actors=1, max_attempts=1)
@@ -40,6 +41,7 @@ def test_whatever_the_words_out_of_memory_halves_the_batch(tmp_path: Path) -> No
     assert (report.batch_size, report.actors_lost) == (1, {})
 
 
+@pytest.mark.slow
 def test_a_batch_of_one_that_does_not_fit_is_a_named_failure_and_no_loop(tmp_path: Path) -> None:
     job = make_job(tmp_path, encoder=Hungry(too_large=33), max_attempts=2, num_actors=1)
 
@@ -77,13 +79,14 @@ def test_a_damaged_shard_is_not_tried_twice(tmp_path: Path) -> None:
     shard = tmp_path / "in" / "shard-00002.tar"
     shard.write_bytes(shard.read_bytes()[:700])
 
-    report = run(tmp_path)
+    report = run(tmp_path, num_actors=1)
 
     assert [(f.reason, f.attempts) for f in report.failed] == [("truncated", 1)]
     assert report.num_committed == 2
     assert report.exit_code == ExitCode.PARTIAL
 
 
+@pytest.mark.slow
 def test_when_every_shard_fails_nothing_is_committed_and_the_code_says_so(tmp_path: Path) -> None:
     for number in range(12):
         write_tar(tmp_path / "in" / f"{number}.tar", [("a.jpg", b"bad")])
@@ -94,6 +97,7 @@ def test_when_every_shard_fails_nothing_is_committed_and_the_code_says_so(tmp_pa
     assert 3 <= len(report.failed) < 12
 
 
+@pytest.mark.slow
 def test_good_shards_behind_broken_ones_are_still_carved(tmp_path: Path) -> None:
     for number in range(3):
         (tmp_path / "in").mkdir(exist_ok=True)

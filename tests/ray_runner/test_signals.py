@@ -59,6 +59,7 @@ def test_a_signal_while_actors_load_ends_the_run_before_anything_is_begun(tmp_pa
     assert summary(tmp_path)["exit_code"] == 75
 
 
+@pytest.mark.slow
 def test_after_a_signal_shards_in_flight_may_have_time_to_finish(tmp_path: Path) -> None:
     write_corpus(tmp_path / "in", num_shards=40, num_images=30)
     job = make_job(tmp_path, drain_s=200.0)
@@ -87,6 +88,7 @@ def test_a_signal_while_planning_leaves_nothing(
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.slow
 def test_a_signal_while_the_snapshot_is_made_costs_only_the_snapshot(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
