@@ -46,6 +46,8 @@ def _silent_environment() -> dict[str, str]:
 
 
 os.environ.update(_silent_environment())
+# Hundreds of processes are started: each would compile the package anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
 def pytest_xdist_auto_num_workers() -> int:

@@ -356,7 +356,8 @@ def test_a_process_killed_while_it_fetches_holds_up_nobody(proxied_s3, folder):
     assert files(folder, ".part") == []
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2))
 def test_processes_killed_at_any_moment_leave_a_cache_that_works(origin, folder, seed):
     numbers, max_bytes = random.Random(seed), 6 * FILE + 20
     for victim in range(5):
@@ -471,9 +472,8 @@ def test_a_pickled_cache_has_the_same_folder_and_limits(folder, monkeypatch):
 # The size
 
 
-@pytest.mark.parametrize(
-    "num_blocks", [2, *(pytest.param(number, marks=pytest.mark.slow) for number in (1, 5))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("num_blocks", [1, 2, 5])
 def test_the_size_holds_while_several_processes_write(origin, folder, num_blocks):
     max_bytes = num_blocks * FILE + 20
     processes = [

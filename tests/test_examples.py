@@ -250,6 +250,7 @@ def run_script(name: str, arguments: Sequence[str]) -> tuple[subprocess.Complete
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from Linux's /proc")
+@pytest.mark.slow
 def test_training_neither_reads_nor_allocates_the_tower(place: Place, tmp_path: Path) -> None:
     model = without_tower_file(place, tmp_path / "model")
     arguments = place.training("pre_projector", tmp_path / "out", model=model)

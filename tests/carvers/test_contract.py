@@ -258,7 +258,9 @@ def test_a_built_carver_can_be_built_again_from_its_own_fields(name):
     assert again == carver
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "dtype", [*(pytest.param(half, marks=pytest.mark.slow) for half in DTYPES[:2]), DTYPES[2]]
+)
 @pytest.mark.parametrize(("grid", "width"), SHAPES)
 @pytest.mark.parametrize(
     "budget", [{}, {"keep_tokens": 1}, {"keep_tokens": 5}, {"keep_ratio": 0.6}]

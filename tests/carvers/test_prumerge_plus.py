@@ -55,7 +55,11 @@ def merged(tokens: VisualTokens, image: int, kept: list[int]) -> tuple[torch.Ten
 
 
 @pytest.mark.parametrize(
-    ("grid", "sharpness"), [((16, 16), 1.0), ((12, 12), 2.0), ((5, 9), 1.5), ((1, 37), 3.0)]
+    ("grid", "sharpness"),
+    [
+        pytest.param((24, 24), 1.0, marks=pytest.mark.slow),
+        *(((12, 12), 2.0), ((5, 9), 1.5), ((1, 37), 3.0)),
+    ],
 )
 def test_it_equals_a_slow_loop(grid, sharpness):
     tokens = peaked(grid, sharpness)
@@ -155,7 +159,13 @@ def test_a_step_below_one_is_one(num_tokens):
     assert result.sizes.sum() == num_tokens
 
 
-@pytest.mark.parametrize(("grid", "keep"), [((24, 24), 64), ((12, 12), 31), ((5, 7), 10)])
+@pytest.mark.parametrize(
+    ("grid", "keep"),
+    [
+        pytest.param((24, 24), 64, marks=pytest.mark.slow),
+        *(((16, 16), 64), ((12, 12), 31), ((5, 7), 10)),
+    ],
+)
 def test_a_budget_is_half_spent_by_attention_and_half_evenly(grid, keep):
     tokens = peaked(grid, 1.0)
     num_tokens = grid[0] * grid[1]

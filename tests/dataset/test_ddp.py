@@ -110,6 +110,7 @@ def two_ranks(
     return run_job(tmp_path_factory.mktemp("two") / "job", 2, url, runs)
 
 
+@pytest.mark.slow
 def test_rank_and_world_size_are_found_where_nobody_names_them(three_ranks) -> None:
     places = [[rank["place"] for rank in found] for found in three_ranks.values()]
 
@@ -117,6 +118,7 @@ def test_rank_and_world_size_are_found_where_nobody_names_them(three_ranks) -> N
 
 
 @pytest.mark.parametrize("name", [name for name in FIRST_RUNS if "exact" in name])
+@pytest.mark.slow
 def test_all_ranks_and_workers_together_give_every_key_once(url, three_ranks, name: str) -> None:
     expected = [key for batch in ranks.dataset_of(url, batch_size=12) for key in batch.keys]
 
@@ -127,6 +129,7 @@ def test_all_ranks_and_workers_together_give_every_key_once(url, three_ranks, na
 
 
 @pytest.mark.parametrize("name", ["pad", "pad budget", "drop"])
+@pytest.mark.slow
 def test_ranks_that_train_take_equal_steps_and_end_with_equal_weights(three_ranks, name) -> None:
     found = three_ranks[name]
 
@@ -134,6 +137,7 @@ def test_ranks_that_train_take_equal_steps_and_end_with_equal_weights(three_rank
     assert found[0]["weights"] == found[1]["weights"] == found[2]["weights"]
 
 
+@pytest.mark.slow
 def test_a_padded_epoch_of_several_ranks_has_every_key_and_fewer_than_ranks_twice(
     three_ranks,
 ) -> None:
@@ -144,6 +148,7 @@ def test_a_padded_epoch_of_several_ranks_has_every_key_and_fewer_than_ranks_twic
     assert set(in_steps(three_ranks["pad budget"])) == set(ALL)
 
 
+@pytest.mark.slow
 def test_a_dropped_epoch_of_several_ranks_is_whole_steps(three_ranks) -> None:
     found = three_ranks["drop"]
 
@@ -152,12 +157,14 @@ def test_a_dropped_epoch_of_several_ranks_is_whole_steps(three_ranks) -> None:
 
 
 @pytest.mark.parametrize("name", ["exact 0", "exact 2", "exact spawn", "pad", "drop"])
+@pytest.mark.slow
 def test_a_loader_says_how_many_batches_its_rank_gets(three_ranks, name: str) -> None:
     found = three_ranks[name]
 
     assert [rank["length"] for rank in found] == [len(rank["steps"]) for rank in found]
 
 
+@pytest.mark.slow
 def test_all_ranks_have_one_state_after_one_step(three_ranks) -> None:
     states = [rank["state"] for rank in three_ranks["begun"]]
 
@@ -166,6 +173,7 @@ def test_all_ranks_have_one_state_after_one_step(three_ranks) -> None:
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])
+@pytest.mark.slow
 def test_two_ranks_go_on_where_three_left_off(three_ranks, two_ranks, number: int) -> None:
     taken = in_steps(three_ranks["begun"])
 

@@ -304,7 +304,9 @@ def stateful(cache: CarvedCache, *, by_rows: bool, **options: Any) -> StatefulDa
     "options",
     [{"num_workers": 0}, {"num_workers": 2}, {"num_workers": 2, "snapshot_every_n_steps": 3}],
 )
-@pytest.mark.parametrize("num_taken", [0, 1, 5, 14])
+@pytest.mark.parametrize(
+    "num_taken", [0, 5, *(pytest.param(number, marks=pytest.mark.slow) for number in (1, 14))]
+)
 def test_a_stateful_loader_goes_on_after_any_batch(
     cache: CarvedCache, by_rows: bool, options: dict, num_taken: int
 ) -> None:

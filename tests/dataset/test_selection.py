@@ -123,7 +123,7 @@ def alternatives(names: Sequence[str]) -> st.SearchStrategy:
     return st.lists(st.lists(conditions(names), min_size=1, max_size=3), min_size=1, max_size=3)
 
 
-@pytest.mark.parametrize("names", [NAMES[:4], NAMES])
+@pytest.mark.parametrize("names", [NAMES, pytest.param(NAMES[:4], marks=pytest.mark.slow)])
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_a_filter_gives_what_is_picked_row_by_row(cache, rows, names, data) -> None:

@@ -37,7 +37,8 @@ def driver(tmp_path, monkeypatch):
     return tmp_path / "driver"
 
 
-@pytest.mark.parametrize("described_first", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("described_first", [False, True])
 def test_a_relative_model_is_loaded_in_a_process_with_another_directory(driver, described_first):
     encoder = encoders.build("llava", {"model": "demo/model"})
     expected = str(dict(encoders.build("llava", {"model": "demo/model"}).describe()))

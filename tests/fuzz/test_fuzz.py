@@ -24,7 +24,6 @@ def told(report: Report) -> str:
     [
         *(("tar", 500), ("image", 500), ("row", 500)),
         # These open a whole cache for each input.
-        *((target, 25) for target in ("part", "table", "record")),
         *(pytest.param(t, 170, marks=pytest.mark.slow) for t in ("part", "table", "record")),
     ],
 )

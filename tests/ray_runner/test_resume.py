@@ -72,6 +72,7 @@ def test_a_shard_that_was_begun_is_tried_again_within_the_limit(tmp_path: Path) 
     assert report.retries["actor_lost"] >= 1
 
 
+@pytest.mark.slow
 def test_after_its_hours_a_run_starts_nothing_and_finishes_what_it_began(tmp_path: Path) -> None:
     first = run(tmp_path, max_hours=1e-9, num_actors=1)
     second = run(tmp_path, max_hours=1.0, num_actors=1)
@@ -82,6 +83,7 @@ def test_after_its_hours_a_run_starts_nothing_and_finishes_what_it_began(tmp_pat
     assert (second.num_committed, second.exit_code) == (4, ExitCode.OK)
 
 
+@pytest.mark.slow
 def test_a_second_run_carves_only_what_is_new(tmp_path: Path) -> None:
     run(tmp_path, num_actors=1)
     write_tar(tmp_path / "in" / "shard-00009.tar", [])
@@ -143,6 +145,7 @@ def test_a_relative_output_is_one_place_for_driver_and_actors(
     assert len(open_cache(str(tmp_path / "relative" / "cache"))) == 10
 
 
+@pytest.mark.slow
 def test_commits_the_driver_cannot_see_are_failures(tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "in", num_shards=2)
     settings = {"num_actors": 1, "gpus_per_actor": 0, "batch_size": 2}
