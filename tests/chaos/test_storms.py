@@ -42,6 +42,7 @@ def test_after_a_storm_the_cache_is_as_if_there_had_been_none(plan: StormPlan, r
 
 @pytest.mark.ray
 @pytest.mark.timeout(1800)
+@pytest.mark.slow
 def test_no_reader_sees_anything_wrong_while_it_rages(rage: Rage) -> None:
     """A reader looks all along, in every storm, and compares each row with the truth."""
     findings = rage(SHORT[0])

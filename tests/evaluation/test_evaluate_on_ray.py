@@ -14,6 +14,7 @@ from tests.evaluation.models import save_model
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
 
+@pytest.mark.slow
 def test_actors_give_the_same_tables_and_summary_as_one_process(tmp_path: Path) -> None:
     save_model(tmp_path / "model")
     shard = write_images(tmp_path / "in", num_images=11, broken=2)

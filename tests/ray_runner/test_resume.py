@@ -120,6 +120,7 @@ def test_other_settings_are_refused_before_anything_starts(tmp_path: Path) -> No
         run_job(make_job(tmp_path, encoder=FakeEncoder(salt=5)))
 
 
+@pytest.mark.slow
 def test_equal_keys_in_two_shards_are_reported(tmp_path: Path) -> None:
     for number in range(2):
         write_tar(tmp_path / "in" / f"{number}.tar", [("same.jpg", encoded_image(number))])

@@ -55,6 +55,7 @@ def test_a_batch_of_one_that_does_not_fit_is_a_named_failure_and_no_loop(tmp_pat
     assert report.exit_code == ExitCode.PARTIAL
 
 
+@pytest.mark.slow
 def test_a_run_that_loses_too_much_commits_nothing_more(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -47,6 +47,7 @@ def test_a_signal_stops_the_run_and_the_next_one_finishes_it(tmp_path: Path) -> 
     assert len(list(read_commits(store))) == 40
 
 
+@pytest.mark.slow
 def test_a_signal_while_actors_load_ends_the_run_before_anything_is_begun(tmp_path: Path) -> None:
     encoder = Harmful(folder=str(tmp_path), act="load_for_ever")
     job = make_job(tmp_path, encoder=encoder)

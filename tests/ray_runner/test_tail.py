@@ -42,6 +42,7 @@ class SlowElsewhere(FakeEncoder):
         return super().preprocess(image)
 
 
+@pytest.mark.slow
 def test_the_shards_of_a_slow_actor_are_done_by_an_idle_one_and_count_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
