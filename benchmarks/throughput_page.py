@@ -169,22 +169,22 @@ def _why_missed(results: Mapping[str, Any]) -> list[str]:
     if results["options"]["device"] == "cuda":
         return []
     found = []
-    rounds, aim = results["tower"]["rounds"], _TARGETS["ray_data"]
-    if statistics.median(_ratios(rounds, "ray_data_encoder")) < aim:
-        found.append(_why_tower(rounds, aim))
-    rounds, aim = results["no_op"]["rounds"], _TARGETS["ray_data_no_op"]
-    if statistics.median(_ratios(rounds, "ray_data")) < aim:
-        found.append(_why_no_tower(rounds, aim))
+    for part, form, target, explain in (
+        ("tower", "ray_data_encoder", "ray_data", _why_tower),
+        ("no_op", "ray_data", "ray_data_no_op", _why_no_tower),
+    ):
+        rounds, aim = results[part]["rounds"], _TARGETS[target]
+        if (reached := statistics.median(_ratios(rounds, form))) < aim:
+            found.append(explain(rounds, reached, aim))
     return found
 
 
-def _why_tower(rounds: Sequence[Mapping[str, Any]], aim: float) -> str:
+def _why_tower(rounds: Sequence[Mapping[str, Any]], reached: float, aim: float) -> str:
     """Explain a ratio to Ray Data with the same encoder.
 
     Tower and carver are then the same code in both. With s core-ms of them an image, a of all else
     here and b of all else there, the ratio is (s + b) / (s + a) where all cores are busy.
     """
-    reached = statistics.median(_ratios(rounds, "ray_data_encoder"))
     shared, rest, theirs, best = (
         statistics.median(value(r) for r in rounds)
         for value in (
@@ -208,12 +208,11 @@ def _why_tower(rounds: Sequence[Mapping[str, Any]], aim: float) -> str:
     return text
 
 
-def _why_no_tower(rounds: Sequence[Mapping[str, Any]], aim: float) -> str:
+def _why_no_tower(rounds: Sequence[Mapping[str, Any]], reached: float, aim: float) -> str:
     """Explain a ratio to Ray Data where no tower runs."""
-    reached, alone, together, busy = (
+    alone, together, busy = (
         statistics.median(value(r) for r in rounds)
         for value in (
-            lambda r: r["pipeline"]["steady"] / r["ray_data"]["steady"],
             lambda r: r["bound_alone"] / r["ray_data"]["steady"],
             lambda r: r["bound_together"] / r["ray_data"]["steady"],
             lambda r: r["ray_data"]["cores"],

@@ -58,7 +58,9 @@ def merged(tokens: VisualTokens, image: int, kept: list[int]) -> tuple[torch.Ten
     ("grid", "sharpness"),
     [
         pytest.param((24, 24), 1.0, marks=pytest.mark.slow),
-        *(((12, 12), 2.0), ((5, 9), 1.5), ((1, 37), 3.0)),
+        ((12, 12), 2.0),
+        ((5, 9), 1.5),
+        ((1, 37), 3.0),
     ],
 )
 def test_it_equals_a_slow_loop(grid, sharpness):
@@ -163,7 +165,9 @@ def test_a_step_below_one_is_one(num_tokens):
     ("grid", "keep"),
     [
         pytest.param((24, 24), 64, marks=pytest.mark.slow),
-        *(((16, 16), 64), ((12, 12), 31), ((5, 7), 10)),
+        ((16, 16), 64),
+        ((12, 12), 31),
+        ((5, 7), 10),
     ],
 )
 def test_a_budget_is_half_spent_by_attention_and_half_evenly(grid, keep):

@@ -74,8 +74,8 @@ def test_a_shard_that_was_begun_is_tried_again_within_the_limit(tmp_path: Path) 
 
 @pytest.mark.slow
 def test_after_its_hours_a_run_starts_nothing_and_finishes_what_it_began(tmp_path: Path) -> None:
-    first = run(tmp_path, max_hours=1e-9, num_actors=1)
-    second = run(tmp_path, max_hours=1.0, num_actors=1)
+    first = run(tmp_path, max_hours=1e-9)
+    second = run(tmp_path, max_hours=1.0)
 
     # The hours were over at once, so nothing was begun.
     assert (first.num_committed, first.num_not_started) == (0, 4)
@@ -85,10 +85,10 @@ def test_after_its_hours_a_run_starts_nothing_and_finishes_what_it_began(tmp_pat
 
 @pytest.mark.slow
 def test_a_second_run_carves_only_what_is_new(tmp_path: Path) -> None:
-    run(tmp_path, num_actors=1)
+    run(tmp_path)
     write_tar(tmp_path / "in" / "shard-00009.tar", [])
 
-    second = run(tmp_path, num_actors=1)
+    second = run(tmp_path)
 
     assert (second.num_committed, second.num_done_before) == (1, 4)
 
@@ -125,7 +125,7 @@ def test_equal_keys_in_two_shards_are_reported(tmp_path: Path) -> None:
     for number in range(2):
         write_tar(tmp_path / "in" / f"{number}.tar", [("same.jpg", encoded_image(number))])
 
-    report = run(tmp_path, num_actors=1)
+    report = run(tmp_path)
 
     assert (report.num_duplicates, report.exit_code) == (1, ExitCode.PARTIAL)
     assert len(open_cache(str(tmp_path / "cache"))) == 1
