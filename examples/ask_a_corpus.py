@@ -192,7 +192,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     break
         finally:  # a damaged row must not cost the answers before it
             parts.write()
-    left = len(cache) - len(parts.read_keys())
+    answered = parts.read_keys()  # of keys, too, that the cache had once and has no more
+    left = sum(key not in answered for key in todo)
     console.print(f"{options.output}: {len(cache) - left:,} of {len(cache):,} images answered")
     if left:
         console.print("the same command goes on with the rest")

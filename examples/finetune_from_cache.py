@@ -42,6 +42,7 @@ from torch.utils.data import DataLoader
 
 from pipeline import CarvedDataset, open_cache
 from pipeline.carved_cache import CachedImage, CarvedCache
+from pipeline.consumers.hf import language_dtype
 from pipeline.dataset import PackedRow
 from pipeline.errors import ConfigError
 from pipeline.evaluation.questions import ColumnQuestions, Question, Questions, read_questions
@@ -227,7 +228,8 @@ def train(
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=plan.learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _factor(step, plan))
-    device, dtype = model.device, model.dtype
+    # Not the model's own: the first of its weights may be the projector's, in float32.
+    device, dtype = model.device, language_dtype(model)
     for _ in range(plan.steps):
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             sequences = next(batches)

@@ -21,6 +21,8 @@ from pipeline.unpacked_rows import UnpackedRows, unpack_rows
 
 logger = logging.getLogger(__name__)
 
+_MOST_TOKENS = 2**32 - 1  # that a row can have: what is reckoned with them fits 64 bits
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CachedImage:
@@ -94,7 +96,7 @@ class CarvedCache:
                 keep_tokens,
             )
             self._warned = True
-        return replace(self, keep_tokens=keep_tokens)
+        return replace(self, keep_tokens=min(keep_tokens, _MOST_TOKENS))
 
     def refresh(self) -> "CarvedCache":
         """Return this cache as it is now: with the shards of the latest snapshot.

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "pipeline"
 
 LAYERS = (
-    {"types", "errors"},
+    {"types", "errors", "fork_lock"},
     {
         "registry",
         "config",

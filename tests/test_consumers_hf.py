@@ -1,3 +1,4 @@
+from copy import deepcopy
 from dataclasses import dataclass
 
 import pytest
@@ -6,6 +7,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
     CLIPVisionConfig,
+    GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
@@ -503,8 +505,34 @@ def test_weighted_generate_leaves_nothing_behind(llava, tokenizer):
 
     assert torch.equal(logits_of(llava, plain), before)
     assert "position_bias" in inputs
-    with pytest.raises(ConfigError, match="num_beams=1"):
-        weighted_generate(llava, inputs, max_new_tokens=2, num_beams=2)
+    for beams in ({"num_beams": 2}, {"generation_config": GenerationConfig(num_beams=2)}):
+        with pytest.raises(ConfigError, match="num_beams=1"):
+            weighted_generate(llava, inputs, max_new_tokens=2, **beams)
+
+
+def test_each_of_several_answers_to_weighted_prompts_has_the_weights_of_its_own(llava, tokenizer):
+    inputs = prepare(llava, tokenizer, PLACED_PROMPTS, placed_rows(), placement="weighted")
+    once = weighted_generate(llava, inputs, max_new_tokens=6, do_sample=False)
+
+    best_alone = {"do_sample": True, "top_k": 1, "num_return_sequences": 3}
+    thrice = weighted_generate(llava, inputs, max_new_tokens=6, **best_alone)
+
+    assert len(once) == len(PLACED_PROMPTS) and not torch.equal(once[0], once[1])
+    assert torch.equal(thrice, once.repeat_interleave(3, dim=0))
+
+
+def test_the_bias_is_of_the_dtype_of_the_language_model_whatever_the_projector_is_in(
+    llava, tokenizer
+):
+    """Attention on CUDA refuses, or misreads, a bias of another dtype than its queries'."""
+    model = deepcopy(llava).to(torch.bfloat16)
+    model.model.multi_modal_projector.float()
+    del model.model.vision_tower  # as where the cache is used: the projector's weights come first
+    assert model.dtype == torch.float32
+
+    inputs = prepare(model, tokenizer, PLACED_PROMPTS, placed_rows(), placement="weighted")
+
+    assert inputs["position_bias"].dtype == torch.bfloat16
 
 
 def test_placements_that_cannot_be_are_refused(llava, llava_next, tokenizer):

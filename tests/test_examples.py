@@ -293,6 +293,31 @@ def test_a_training_from_the_caches_own_questions_learns_in_bfloat16(
     assert about["stage"] == "pre_projector" and about["versions"]["torch"] == torch.__version__
 
 
+def test_a_projector_in_float32_leaves_the_rest_in_half_precision(place: Place) -> None:
+    arguments = place.training("pre_projector", Path("unused"), "--dtype", "bfloat16")
+    options = finetune_from_cache.parse_options(arguments)
+    cache = open_cache(options.cache)
+    language = load_cached_model(cache, options)
+    model = finetune_from_cache.make_trainable(
+        language.model, stage="pre_projector", options=options
+    )
+    questions = read_questions(options.questions)
+    lessons = finetune_from_cache.read_lessons(cache, questions, options)
+    batches = finetune_from_cache.cached_batches(language, cache, lessons, options)
+    seen = []
+
+    def watched() -> Iterator[finetune_from_cache.Sequences]:
+        for batch in batches:
+            seen.append((torch.is_autocast_enabled("cpu"), batch.inputs["position_bias"].dtype))
+            yield batch
+
+    plan = finetune_from_cache.Plan(steps=1, warm_up=0, learning_rate=1e-3, gradient_norm=1.0)
+    list(finetune_from_cache.train(model, watched(), plan))
+
+    assert language.model.model.multi_modal_projector.linear_1.weight.dtype == torch.float32
+    assert seen == [(True, torch.bfloat16)]
+
+
 def test_labels_are_the_answers_and_nothing_else(place: Place) -> None:
     _, processor = load_model(place.model)
     tokenizer = processor.tokenizer
@@ -461,6 +486,28 @@ def test_a_stopped_corpus_goes_on_where_it_was(
     assert sorted(pa.concat_tables(tables)["key"].to_pylist()) == sorted(place.pictures)
     said = capsys.readouterr().err
     assert "4 of 10 images answered" in said and "nothing to do: all 10 images" in said
+
+
+def test_answers_of_images_that_are_gone_do_not_stand_for_others(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = "memory://examples-answers-of-gone-images"
+    parts = ask_a_corpus.AnswerParts(store=open_store(output), rows_per_part=3)
+    gone = {"answer": "ring", "num_visual_tokens": 1, "num_tokens": 1}
+    parts.add([{"key": f"gone{number}", **gone} for number in range(6)])
+    parts.write()
+    ask = ask_a_corpus.ask
+
+    def ask_and_stop(language, images, options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return ask(language, images, options)
+
+    monkeypatch.setattr(ask_a_corpus, "ask", ask_and_stop)
+    with pytest.raises(SystemExit) as stopped:
+        ask_a_corpus.main(asking(place, output))
+
+    assert stopped.value.code == 75
+    assert "2 of 10 images answered" in capsys.readouterr().err
 
 
 def stored_answers(url: str) -> list[pa.Table]:

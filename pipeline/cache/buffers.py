@@ -1,12 +1,13 @@
 """Memory to read into, used again: fresh pages cost several times what reading into them does."""
 
 import mmap
-import threading
 import weakref
 from collections import deque
 
 import numpy as np
 from numpy.typing import NDArray
+
+from pipeline.fork_lock import ForkLock
 
 _PAGE = 2 << 20  # bytes of a huge page on x86-64 and, as a rule, on ARM
 
@@ -23,7 +24,7 @@ class BufferPool:
         self._free: list[mmap.mmap] = []
         # Arrays may die at any time, in the middle of `take` too: no lock there, only a queue.
         self._returned: deque[mmap.mmap] = deque()
-        self._lock = threading.Lock()
+        self._lock = ForkLock()
 
     def __reduce__(self) -> tuple[type["BufferPool"], tuple[()]]:
         """Travel to another process without memory."""

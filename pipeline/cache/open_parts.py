@@ -1,6 +1,5 @@
 """Parts and tables kept open between reads, few of them, each used by one thread at a time."""
 
-import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ import pyarrow.parquet as pq
 
 from pipeline.cache import parquet
 from pipeline.errors import CacheFormatError, NotFoundError, StorageError
+from pipeline.fork_lock import ForkLock
 from pipeline.storage import Store
 
 _MAX_IDLE = 16
@@ -45,7 +45,7 @@ class OpenParts:
         self.store = store
         self._idle: list[tuple[str, pq.ParquetFile]] = []  # the one used last at the end
         self._footers: OrderedDict[tuple[str, int | None, int | None], _Footer] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock = ForkLock()
 
     def __reduce__(self) -> tuple[type["OpenParts"], tuple[Store]]:
         """Travel to another process without open files."""

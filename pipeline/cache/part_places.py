@@ -1,6 +1,5 @@
 """Places of the rows of each part, the parts used last kept in memory."""
 
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from pipeline.cache.fetch import in_order
 from pipeline.cache.places import Places
 from pipeline.cache.row_groups import RowGroups
 from pipeline.errors import CacheFormatError, NotFoundError
+from pipeline.fork_lock import ForkLock
 
 _MAX_ROWS = 1 << 19  # kept; about 200 bytes each with its key
 _ORDER = [("part", "ascending"), ("row_group", "ascending"), ("row", "ascending")]
@@ -56,7 +56,7 @@ class PartPlaces:
         self._size_of = size_of
         self._kept: OrderedDict[str, Mapping[str, PartRows]] = OrderedDict()
         self._num_kept: dict[str, int] = {}
-        self._lock = threading.Lock()
+        self._lock = ForkLock()
 
     def part(self, path: str) -> PartRows:
         """Return the rows of one part.

@@ -1,7 +1,6 @@
 """Tables of a cache read a row group at a time, the ones used last kept in memory."""
 
 import itertools
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ import pyarrow.parquet as pq
 from pipeline.cache import layout, parquet
 from pipeline.cache.open_parts import OpenParts, PartRecord
 from pipeline.cache.snapshot_record import StoredTable
+from pipeline.fork_lock import ForkLock
 from pipeline.storage import Store
 
 T = TypeVar("T")
@@ -43,7 +43,7 @@ class RowGroups:
         self._starts: dict[str, Sequence[int]] = {}
         self._kept: OrderedDict[tuple[str, int], tuple[Any, int]] = OrderedDict()
         self._num_kept = 0
-        self._lock = threading.Lock()
+        self._lock = ForkLock()
 
     def starts(self, table: StoredTable, schema: pa.Schema) -> Sequence[int]:
         """Return the number of the first row of each row group, and the number of rows."""

@@ -120,13 +120,24 @@ def prepare(
         inputs["position_ids"] = _pad_left(places, 0).to(model.device)
     if placement == "weighted":
         bias_PT = _pad_left([prompt.bias for prompt in written], 0.0)
-        inputs["position_bias"] = bias_PT.to(model.device, model.dtype)[:, None, None]
+        inputs["position_bias"] = bias_PT.to(model.device, language_dtype(model))[:, None, None]
     if kind in ("gemma3", "paligemma"):
         is_image = inputs["input_ids"] == model.config.image_token_id
         inputs["token_type_ids"] = is_image.long() * (kind == "gemma3")
     if images:
         inputs["mm_encoder_outputs"] = {"image": _outputs(model, kind, images, stage)}
     return inputs
+
+
+def language_dtype(model: Any) -> torch.dtype:  # noqa: ANN401
+    """Return the dtype in which a model's language model works.
+
+    `model.dtype` is that of whichever weight comes first: without its tower, a LLaVA-1.5 model's
+    projector, which is trained in float32 beside a language model in half precision. Attention on
+    CUDA refuses a bias of another dtype than its queries'.
+    """
+    dtype: torch.dtype = model.get_input_embeddings().weight.dtype
+    return dtype
 
 
 def weighted_generate(model: Any, inputs: Mapping[str, Any], **options: Any) -> Any:  # noqa: ANN401
@@ -136,23 +147,29 @@ def weighted_generate(model: Any, inputs: Mapping[str, Any], **options: Any) -> 
         model: the model that they were prepared for.
         inputs: of `prepare`; those of any placement can be given.
         options: of `generate`. Searches with beams and with an assistant are not served: they
-            reorder or repeat prompts.
+            reorder prompts.
 
     Returns:
         What `generate` does.
+
+    Raises:
+        ConfigError: a search with beams is asked for.
     """
     inputs = dict(inputs)
     bias_P11T = inputs.pop("position_bias", None)
     if bias_P11T is None:
         return model.generate(**inputs, **options)
-    if options.get("num_beams", model.generation_config.num_beams or 1) != 1:
+    asked = options.get("generation_config") or model.generation_config
+    if options.get("num_beams", asked.num_beams or 1) != 1:
         raise ConfigError("placement 'weighted' cannot search with beams; set num_beams=1")
 
     def add_bias(_: nn.Module, args: tuple[Any, ...], values: dict[str, Any]) -> Any:  # noqa: ANN401
         known = values.get("past_key_values")
         num_known = 0 if known is None else known.get_seq_length()
-        num_columns = num_known + values["inputs_embeds"].shape[1]
-        return args, {**values, "position_bias": widen_bias(bias_P11T, num_columns)}
+        num_rows, num_new, _ = values["inputs_embeds"].shape
+        # `num_return_sequences` repeats each prompt, one copy behind the other.
+        bias_R11T = bias_P11T.repeat_interleave(num_rows // len(bias_P11T), dim=0)
+        return args, {**values, "position_bias": widen_bias(bias_R11T, num_known + num_new)}
 
     language_model = getattr(model.base_model, "language_model", None)
     if language_model is None:

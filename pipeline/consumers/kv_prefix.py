@@ -175,7 +175,7 @@ def text_states(model: Any, prompt: FixedPrompt) -> KeyValues:  # noqa: ANN401
             getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         )
         shape = (config.num_hidden_layers, config.num_key_value_heads, 0, width)
-        nothing = torch.empty(shape, device=model.device, dtype=model.dtype)
+        nothing = torch.empty(shape, device=model.device, dtype=hf.language_dtype(model))
         return KeyValues(keys=nothing, values=nothing)
     cache = DynamicCache(config=config)
     ids_1T = torch.tensor([prompt.before], device=model.device)
@@ -202,7 +202,8 @@ def as_cache(model: Any, prefixes: Sequence[KVPrefix]) -> DynamicCache:  # noqa:
 
     def joined(states: Sequence[Tensor]) -> Tensor:
         padded = [functional.pad(s, (0, 0, longest - s.shape[2], 0)) for s in states]
-        return torch.stack(padded, dim=1).to(model.device, model.dtype)  # (L, P, h, T, d)
+        joined_LPhTd = torch.stack(padded, dim=1)
+        return joined_LPhTd.to(model.device, hf.language_dtype(model))
 
     keys = joined([prefix.states.keys for prefix in prefixes])
     values = joined([prefix.states.values for prefix in prefixes])
@@ -262,7 +263,7 @@ def prepare_prefixed(
     if placements == {"weighted"}:
         bias_PT = _pad_left([prefix.sizes.log() for prefix in prefixes])
         bias_PC = functional.pad(bias_PT, (0, ids_PS.shape[1]))
-        inputs["position_bias"] = bias_PC.to(model.device, model.dtype)[:, None, None]
+        inputs["position_bias"] = bias_PC.to(model.device, hf.language_dtype(model))[:, None, None]
     return inputs
 
 

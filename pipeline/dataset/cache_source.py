@@ -58,6 +58,7 @@ class CacheSource:
     filters: Filters | None = None
     skip_damaged: bool = False
     _selection: Selection | None = field(default=None, init=False, repr=False)
+    _orders: tuple[EpochOrder, ...] = field(default=(), init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.filters is not None:
@@ -70,7 +71,7 @@ class CacheSource:
 
     def __getstate__(self) -> dict[str, Any]:
         """Travel to another process without what can be computed again."""
-        return {name: value for name, value in self.__dict__.items() if name != "_order"}
+        return {**self.__dict__, "_orders": ()}
 
     @property
     def codec(self) -> Codec:
@@ -99,7 +100,7 @@ class CacheSource:
 
     def length(self, epoch: int) -> int:
         """Return how many rows an epoch has."""
-        return len(self._order_of(epoch))
+        return int(self._group_sizes().sum())
 
     def places(self, epoch: int, positions: Numbers) -> Places:
         """Return where the rows at some positions lie."""
@@ -192,17 +193,24 @@ class CacheSource:
         return rows, dict(self._columns.of(rows.places))
 
     def _order_of(self, epoch: int) -> EpochOrder:
-        kept: EpochOrder | None = self.__dict__.get("_order")
-        if kept is None or kept.epoch != epoch:
-            selection = self._selection
-            sizes = self.cache.reader.row_groups()[2] if selection is None else selection.sizes
-            kept = self.__dict__["_order"] = EpochOrder(
-                sizes=sizes,
-                seed=self.shuffle.seed,
-                epoch=epoch,
-                shuffle=self.shuffle.shuffle,
-                window=self.shuffle.window,
-                lanes=self.shuffle.lanes if self.shuffle.shuffle else 1,
-                lane_rows=self.shuffle.lane_rows,
-            )
-        return kept
+        """Return an epoch's order; the last two are kept: a mixture goes from one to the next."""
+        orders = self._orders
+        for order in orders:
+            if order.epoch == epoch:
+                return order
+        order = EpochOrder(
+            sizes=self._group_sizes(),
+            seed=self.shuffle.seed,
+            epoch=epoch,
+            shuffle=self.shuffle.shuffle,
+            window=self.shuffle.window,
+            lanes=self.shuffle.lanes if self.shuffle.shuffle else 1,
+            lane_rows=self.shuffle.lane_rows,
+        )
+        self._orders = (order, *orders[:1])
+        return order
+
+    def _group_sizes(self) -> Numbers:
+        """Return how many rows of each row group are given."""
+        selection = self._selection
+        return self.cache.reader.row_groups()[2] if selection is None else selection.sizes

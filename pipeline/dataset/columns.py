@@ -1,6 +1,5 @@
 """Other columns of rows: read row group by row group, those used last kept in memory."""
 
-import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,6 +9,7 @@ import pyarrow as pa
 
 from pipeline.cache.places import Places
 from pipeline.cache.reader import SnapshotReader
+from pipeline.fork_lock import ForkLock
 
 _MAX_ROWS = 1 << 16  # kept
 
@@ -33,7 +33,7 @@ class Columns:
         self.names = tuple(names)
         self._reader = reader
         self._kept: OrderedDict[tuple[str, int], pa.Table] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock = ForkLock()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Travel to another process without what can be read again."""

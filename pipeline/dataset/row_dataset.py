@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from pipeline.dataset import shares
 from pipeline.dataset.batch import Batch, PackedRow
 from pipeline.dataset.loaded_rows import LoadedRows
 from pipeline.dataset.resume import Resume
-from pipeline.dataset.shared_memory import SharedSlots
+from pipeline.dataset.shared_memory import SharedSlots, forget_gone
 from pipeline.dataset.shares import Ends, Reader, Share
 from pipeline.dataset.stream import Source, Stream
 from pipeline.errors import ConfigError
@@ -96,9 +97,12 @@ class RowDataset(IterableDataset[Any]):
         self._resume: Resume | None = None
         self._at = _At()
         self._slots: SharedSlots | None = None
+        _DATASETS[id(self)] = self
 
     def __getstate__(self) -> dict[str, Any]:
         """Travel to another process: from a process group, as a part of this rank."""
+        forget_gone()
+        self._own_epoch()
         own = {**self.__dict__, "_slots": None}
         if _is_distributed():
             own |= {"_rank": self.rank, "_world_size": self.world_size}
@@ -107,6 +111,7 @@ class RowDataset(IterableDataset[Any]):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._epoch.share_memory_()  # type: ignore[no-untyped-call]
+        _DATASETS[id(self)] = self
 
     @property
     def epoch(self) -> int:
@@ -143,10 +148,14 @@ class RowDataset(IterableDataset[Any]):
 
     def _share_epoch(self, epoch: int) -> None:
         """Tell the workers of this process, those too that stay from epoch to epoch."""
+        self._own_epoch()
+        self._epoch[0] = epoch
+
+    def _own_epoch(self) -> None:
+        """Have a number of this process and of the workers that it will start."""
         if get_worker_info() is None and self._owner != os.getpid():
             # Other ranks may hold the same memory, of a dataset that was made before them.
-            self._epoch, self._owner = _shared_number(epoch), os.getpid()
-        self._epoch[0] = epoch
+            self._epoch, self._owner = _shared_number(self.epoch), os.getpid()
 
     def collate(self, rows: Sequence[PackedRow]) -> Batch:
         """Put rows together; give it to a DataLoader as `collate_fn`."""
@@ -301,6 +310,20 @@ class RowDataset(IterableDataset[Any]):
             "batch_tokens": self.batch_tokens,
             "ends": self.ends,
         }
+
+
+_DATASETS: WeakValueDictionary[int, RowDataset] = WeakValueDictionary()
+
+
+def _before_fork() -> None:
+    """Prepare for workers that a DataLoader forks; `__getstate__` does for those it spawns."""
+    forget_gone()
+    for reference in _DATASETS.valuerefs():
+        if (dataset := reference()) is not None:
+            dataset._own_epoch()
+
+
+os.register_at_fork(before=_before_fork)
 
 
 @dataclass(kw_only=True, slots=True)

@@ -21,6 +21,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.fork_lock import ForkLock
+
 _PAGE = 4096
 _HEADER = 64  # bytes before the content: what was given back, as int64, the rest unused
 
@@ -120,9 +122,16 @@ class SharedBytes:
 ForkingPickler.register(SharedBytes, SharedBytes.share)
 
 _KNOWN: dict[str, dict[int, Tensor]] = {}  # slots of workers that were sent here
-_KNOWN_LOCK = threading.Lock()
+_KNOWN_LOCK = ForkLock()
 _RETURNED: deque[NDArray[np.int64]] = deque()
 _RETURNED_LOCK = threading.Lock()
+
+
+def forget_gone() -> None:
+    """Give up the memory of workers that have ended, before others begin and need as much."""
+    with _KNOWN_LOCK:
+        for name in [name for name in _KNOWN if not _is_alive(name)]:
+            del _KNOWN[name]  # what is still in use of it refers to its memory itself
 
 
 def _as_array(content: bytearray) -> Bytes:
@@ -136,9 +145,6 @@ def _of_tensor(values: Tensor) -> Bytes:
 def _received(owner: str, number: int, memory: Tensor | None, start: int, length: int) -> Bytes:
     """Return bytes that a worker sent; when nothing refers to them any more it may use them."""
     with _KNOWN_LOCK:
-        if owner not in _KNOWN:
-            for gone in [name for name in _KNOWN if not _is_alive(name)]:
-                del _KNOWN[gone]  # what is still in use of it refers to its memory itself
         slots = _KNOWN.setdefault(owner, {})
         if memory is not None:
             slots[number] = memory

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-# Elements of the largest block of attention weights held at once: 64 MiB.
+# Elements of the largest block of attention weights held at once, by one query at least: 64 MiB.
 _MAX_WEIGHTS = 2**24
 
 Part = Literal["queries", "keys", "values", "output"]
@@ -73,14 +73,19 @@ def mean_attention(
     num_images, num_heads, num_queries, head_width = queries_BHQd.shape
     if scale is None:
         scale = head_width**-0.5
-    per_image = num_heads * num_queries * keys_BHTd.shape[2]
-    step = max(1, _MAX_WEIGHTS // per_image)
+    per_query = num_heads * keys_BHTd.shape[2]
+    images = max(1, _MAX_WEIGHTS // (per_query * num_queries))
+    queries = max(1, min(num_queries, _MAX_WEIGHTS // per_query))
     blocks = []
-    for first in range(0, num_images, step):
-        queries = queries_BHQd[first : first + step].float() * scale
-        keys = keys_BHTd[first : first + step].float()
-        weights_bHQT = torch.softmax(queries @ keys.transpose(-1, -2), dim=-1)
-        blocks.append(weights_bHQT.mean(dim=(1, 2))[:, start:])
+    for first in range(0, num_images, images):
+        keys_bHdT = keys_BHTd[first : first + images].float().transpose(-1, -2)
+        received_bT = keys_bHdT.new_zeros(len(keys_bHdT), keys_bHdT.shape[-1])
+        # One image of many tokens, as of a tower of native resolution, is cut by its queries.
+        for query in range(0, num_queries, queries):
+            some_bHqd = queries_BHQd[first : first + images, :, query : query + queries].float()
+            weights_bHqT = torch.softmax(some_bHqd * scale @ keys_bHdT, dim=-1)
+            received_bT += weights_bHqT.mean(dim=(1, 2)) * (some_bHqd.shape[2] / num_queries)
+        blocks.append(received_bT[:, start:])
     return torch.cat(blocks)
 
 

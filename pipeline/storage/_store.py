@@ -7,12 +7,12 @@ import errno
 import io
 import os
 import shutil
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO, TypeVar
 
 from pipeline.errors import AlreadyExistsError, NotFoundError, StorageError
+from pipeline.fork_lock import ForkLock
 from pipeline.storage import _local
 from pipeline.storage._backend import Backend, checked_url, modified
 from pipeline.storage._descriptors import Descriptors
@@ -33,7 +33,7 @@ Span = tuple[int, Sequence[memoryview]]
 ONCE_BYTES = 32 * 2**20  # every driver sends so much in one request
 UPLOAD_CHUNK_BYTES = 16 * 2**20  # s3fs holds up to ten of these while it uploads a file
 BUFFER_BYTES = 256 * 1024
-_memory_lock = threading.Lock()
+_memory_lock = ForkLock()
 
 
 @dataclass(frozen=True, slots=True)

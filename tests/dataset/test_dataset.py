@@ -3,6 +3,7 @@
 import gc
 import itertools
 import pickle
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -225,7 +226,7 @@ def test_tokens_come_back_within_the_codecs_error(cache: CarvedCache) -> None:
     assert bool(((image.features - expected).abs() <= bound).all())
 
 
-@pytest.mark.parametrize("keep", [1, 5, 16, 17, 1000])
+@pytest.mark.parametrize("keep", [1, 5, 16, 17, 1000, sys.maxsize, 10**30])
 def test_a_prefix_is_the_best_ranked_tokens_in_position_order(
     cache: CarvedCache, keep: int
 ) -> None:
@@ -235,7 +236,7 @@ def test_a_prefix_is_the_best_ranked_tokens_in_position_order(
     (image,) = dataset.collate([rows["k30"]]).images()
 
     whole = cache["k30"]
-    best = torch.sort(torch.argsort(whole.ranks)[:keep]).values
+    best = torch.sort(torch.argsort(whole.ranks)[: min(keep, 1000)]).values
     assert torch.equal(image.features, whole.features[best])
     assert torch.equal(image.positions, whole.positions[best])
     assert torch.equal(image.ranks, whole.ranks[best])

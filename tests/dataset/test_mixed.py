@@ -13,7 +13,9 @@ from torch.utils.data import DataLoader
 from pipeline import CarvedDataset, MixedDataset, open_cache
 from pipeline.cache.commit import claim_identity
 from pipeline.carved_cache import CarvedCache
+from pipeline.dataset import cache_source
 from pipeline.dataset.mixed_source import shares_of
+from pipeline.dataset.order import EpochOrder
 from pipeline.errors import ConfigError
 from pipeline.storage import open_store
 from tests.cache.rows import IDENTITY, commit_rows, make_row
@@ -72,6 +74,23 @@ def test_a_cache_that_runs_out_begins_again_and_all_its_rows_come_equally_often(
     assert {len(of_each["a"]), len(of_each["b"])} == {60, 21}
     assert set(of_each["b"]) == {20}
     assert set(of_each["a"]) == {7}
+
+
+def test_later_epochs_of_a_mixture_make_each_order_of_a_cache_once(
+    caches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+
+    def counted(**options):
+        made.append(options["epoch"])
+        return EpochOrder(**options)
+
+    monkeypatch.setattr(cache_source, "EpochOrder", counted)
+    dataset = mixed(caches, weights=[1, 1], rows=2 * 21, batch_size=2)
+    dataset.set_epoch(7)  # all of the small cache's own epoch 7; from 2 to 3 of the large one's
+
+    assert len(keys_of(dataset)) == 2 * 21
+    assert sorted(made) == [2, 7]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -271,6 +271,33 @@ def test_another_process_sets_the_epoch_of_its_own_dataset(cache: CarvedCache) -
     assert keys(iter(dataset)) == whole(cache)
 
 
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_workers_of_another_process_are_told_its_second_epoch(cache: CarvedCache, start) -> None:
+    """As of a rank that was started with its dataset, and sets no epoch before the first."""
+    context = multiprocessing.get_context(start)
+    found = context.Queue()
+    dataset = shuffled(cache, batch_size=8)
+    rank = context.Process(target=give_two_epochs, args=(dataset, start, found))
+    rank.start()
+    epochs = found.get(timeout=100)
+    rank.join()
+
+    assert epochs == [whole(cache, 0), whole(cache, 1)]
+
+
+def give_two_epochs(dataset: CarvedDataset, start: str, found) -> None:
+    loader = DataLoader(
+        dataset,
+        batch_size=None,
+        num_workers=1,
+        persistent_workers=True,
+        multiprocessing_context=start,
+    )
+    first = keys(loader)
+    dataset.set_epoch(1)
+    found.put([first, keys(loader)])
+
+
 def begin_late(number: int) -> None:
     time.sleep(0.7 * number)
 

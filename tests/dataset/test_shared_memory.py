@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from pipeline.dataset.shared_memory import SharedBytes, SharedSlots
+from pipeline import CarvedDataset
+from pipeline.dataset.shared_memory import SharedBytes, SharedSlots, forget_gone
+from tests.dataset.caches import make_cache
 
 MIB = 1 << 20
 
@@ -83,3 +85,21 @@ def test_of_a_slot_that_another_took_the_place_of_nothing_is_lost() -> None:
 
     assert kept.tolist() == [1] * 10
     assert int(third.min()) == 3
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_the_memory_of_workers_that_are_gone_is_given_up_when_others_start(
+    sizes: list[int], start: str, tmp_path: Path
+) -> None:
+    forget_gone()  # of the tests before
+    before = mapped_bytes()
+    loader = DataLoader(Growing(sizes[:4]), batch_size=None, num_workers=1)
+    assert len(list(loader)) == 4
+    del loader
+    assert mapped_bytes() > before  # nobody can tell yet that there will be no more
+
+    rows = CarvedDataset(make_cache(str(tmp_path), 4), batch_size=2)
+    workers = DataLoader(rows, batch_size=None, num_workers=1, multiprocessing_context=start)
+    seen = [mapped_bytes() for _ in workers]
+
+    assert seen and seen[0] - before < sizes[0]

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers.activations import ACT2FN
 
 from pipeline import encoders
+from pipeline.encoders import _signals
 from pipeline.errors import MissingSignalError
 from pipeline.types import SIGNALS
 from tests.encoders.tiny_models import EDGE, VISION, photo, save_llava, save_vit, upstream_pixels
@@ -291,3 +292,26 @@ def test_without_class_token_its_signals_are_not_given(tmp_path, name, layer):
     assert encoder.yields & of_tower == of_tower - OF_CLASS
     with pytest.raises(MissingSignalError, match="'cls_logits'"):
         encoder.load(signals=frozenset({"cls_logits"}))
+
+
+@pytest.mark.parametrize("most", [1, 100, 5 * 4 * 17, 3 * 5 * 4 * 17, 10**6])
+def test_attention_in_blocks_is_the_attention_and_no_block_is_larger_than_allowed(
+    monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    num_heads, num_queries, num_keys = 4, 5, 17
+    generator = torch.Generator().manual_seed(0)
+    queries = torch.randn(3, num_heads, num_queries, 8, generator=generator)
+    keys = torch.randn(3, num_heads, num_keys, 8, generator=generator)
+    weights = (queries @ keys.transpose(-1, -2) / 8**0.5).softmax(dim=-1)
+    blocks, softmax = [], torch.softmax
+
+    def watched(values, dim):
+        blocks.append(values.numel())
+        return softmax(values, dim=dim)
+
+    monkeypatch.setattr(torch, "softmax", watched)
+    monkeypatch.setattr(_signals, "_MAX_WEIGHTS", most)
+    found = _signals.mean_attention(queries, keys, 2)
+
+    torch.testing.assert_close(found, weights.mean(dim=(1, 2))[:, 2:], atol=1e-6, rtol=0)
+    assert max(blocks) <= max(most, num_heads * num_keys)  # of one query at least
