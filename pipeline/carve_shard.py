@@ -30,6 +30,7 @@ from pipeline.types import ShardRef
 
 logger = logging.getLogger(__name__)
 
+_QUEUE_MIB, _QUEUE_MIB_CPU = 256, 32  # 90 images of 336 x 336 keep a core at work for seconds
 _MAX_LOGGED = 5  # rejected samples of a shard; all of them are in its errors.parquet
 
 
@@ -57,10 +58,14 @@ class ShardCarver:
         # Beside a tower on the same cores more threads only take turns, and cost memory.
         least = 1 if device == "cpu" else 2
         num_threads = max(least, runner.cpus_per_actor) if threads == "auto" else threads
+        queue_mib = runner.queue_mib
+        if queue_mib == "auto":
+            queue_mib = _QUEUE_MIB_CPU if device == "cpu" else _QUEUE_MIB
         self._stations = Stations(
             job=job,
             decoders=ThreadPoolExecutor(num_threads, thread_name_prefix="decode"),
             packers=ThreadPoolExecutor(num_threads, thread_name_prefix="pack"),
+            queue_bytes=queue_mib << 20,
             on_progress=on_progress,
         )
         self._under_way: dict[str, ShardPipeline] = {}  # by URL

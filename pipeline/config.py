@@ -22,9 +22,9 @@ _SECRET_SECTION = "notify"
 
 
 class StrictModel(BaseModel):
-    """A section of a config: no unknown keys, no values of another type, no changes."""
+    """A section of a config: no unknown keys, no values of another type, no infinite numbers."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class InputConfig(StrictModel):
@@ -41,7 +41,7 @@ class InputConfig(StrictModel):
     on_changed: Literal["reprocess", "error", "ignore"] = "reprocess"
     """What becomes of a shard that is committed and has another size or etag since."""
     max_member_mib: Annotated[int, Field(ge=1)] = 128
-    max_megapixels: Annotated[float, Field(gt=0)] = 89.0
+    max_megapixels: Annotated[float, Field(ge=1e-6)] = 89.0
     """Larger images are rejected by their header, before they are decoded."""
 
 
@@ -71,8 +71,9 @@ class RunnerConfig(StrictModel):
     batch_size: Annotated[int, Field(ge=1)] = 32
     decode_threads: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """auto: `cpus_per_actor`, at least 1, and with a GPU at least 2."""
-    queue_mib: Annotated[int, Field(ge=1)] = 256
-    """Bound of the images waiting between reading and encoding, per shard in flight."""
+    queue_mib: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Bound of what waits between reading and encoding, and between carving and writing, for each
+    of the two shards in flight. auto: 256 with a GPU, 32 without."""
     max_attempts: Annotated[int, Field(ge=1)] = 3
     """Per shard; a damaged shard is not tried again, and a smaller batch is not an attempt."""
     max_bad_ratio: Annotated[float, Field(ge=0, le=1)] = 0.5

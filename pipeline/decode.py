@@ -41,7 +41,6 @@ _PILLOW_ERRORS = (
     OverflowError,
     ZeroDivisionError,
     NotImplementedError,
-    MemoryError,
     UserWarning,
     struct.error,
     zlib.error,
@@ -220,8 +219,8 @@ def _count_scans(data: bytes) -> int:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16-bit grey; the high byte, as Pillow takes it for 16-bit RGB
-        high = np.asarray(image).astype(np.int64) >> 8
-        return Image.fromarray(high.clip(0, 255).astype(np.uint8)).convert("RGB")
+        high = np.asarray(image) >> 8
+        return Image.fromarray(high.clip(0, 255, out=high).astype(np.uint8)).convert("RGB")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # same colours; straight to RGB would warn
     return image.convert("RGB")

@@ -14,6 +14,7 @@ _PARAMETER = re.compile(
     re.IGNORECASE,
 )
 _NAMES = re.compile(r"SECRET|TOKEN|PASSWORD|ACCOUNT_KEY|STORAGE_KEY|CONNECTION_STRING|SAS")
+_PLACES = re.compile(r"_(FILE|PATH|DIR|DIRECTORY|HOME|CACHE|URL|URI|ENDPOINT)S?$")
 _SHORTEST_SECRET = 8
 
 
@@ -36,9 +37,17 @@ def without_secrets(text: str) -> str:
     text = _USER.sub(lambda found: f"{found.group(1) or found.group(2)}***@", text)
     text = _PARAMETER.sub(r"\1***", text)
     for name, value in os.environ.items():
-        if len(value) >= _SHORTEST_SECRET and value in text and _NAMES.search(name.upper()):
+        if len(value) >= _SHORTEST_SECRET and value in text and _holds_a_secret(name.upper()):
             text = text.replace(value, "***")
     return text
+
+
+def _holds_a_secret(name: str) -> bool:
+    """Tell by an environment variable's name; `TOKENS_URL` names a place, whose URL was looked at.
+
+    A value that looks like a path may be a secret: those of AWS begin with a slash now and then.
+    """
+    return _NAMES.search(name) is not None and _PLACES.search(name) is None
 
 
 class PipelineError(Exception):

@@ -170,7 +170,7 @@ def _check_signals(config: JobConfig, encoder: Encoder, carver: Carver) -> None:
 
 
 def _check_columns(config: JobConfig) -> tuple[str, ...]:
-    fixed = {f.name for f in layout.FIXED_COLUMNS}
+    fixed = {f.name for f in (*layout.FIXED_COLUMNS, *layout.PACKED_COLUMNS)}
     taken = fixed & {*config.input.columns}
     if taken:
         raise ConfigError(f"input.columns: {_names(taken)} is a column of the cache itself")

@@ -87,6 +87,7 @@ class RunReport:
     fingerprint: str = ""  # of the settings that change stored values
     versions: Mapping[str, str] = field(default_factory=dict)
     snapshot_error: str | None = None
+    summary_error: str | None = None  # why the report is not in the cache
     interrupted: bool = False
     peak_rss_bytes: int = 0  # of the largest actor
     snapshot: int | None = None
@@ -125,9 +126,9 @@ class RunReport:
             return ExitCode.INTERRUPTED
         if (self.failed or self.stopped_by) and not self.num_committed:
             return ExitCode.NOTHING_COMMITTED
-        if self.failed or self.stopped_by or self.num_duplicates or self.snapshot_error:
+        if self.failed or self.stopped_by or self.num_duplicates:
             return ExitCode.PARTIAL
-        return ExitCode.OK
+        return ExitCode.PARTIAL if self.snapshot_error or self.summary_error else ExitCode.OK
 
     def to_json(self) -> Mapping[str, Any]:
         """Return what `summary.json` holds."""
@@ -171,6 +172,7 @@ class RunReport:
             "peak_rss_bytes": self.peak_rss_bytes,
             "snapshot": self.snapshot,
             "snapshot_error": self.snapshot_error,
+            "summary_error": self.summary_error,
         }
 
     def fail(self, err: Exception) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from pipeline.byte_queue import ByteQueue, QueueStoppedError
-from pipeline.cache.writer import RowToWrite, ShardWriter
+from pipeline.cache.writer import RowToWrite, ShardWriter, text_bytes
 from pipeline.decode import decode_image
 from pipeline.encoders import Pixels
 from pipeline.errors import NonFiniteError, SampleError, ShardAbandonedError
@@ -44,6 +44,7 @@ class Stations:
     job: Job  # its encoder is loaded
     decoders: ThreadPoolExecutor
     packers: ThreadPoolExecutor
+    queue_bytes: int  # bound of each queue of a shard
     device_turn: threading.Lock = field(default_factory=threading.Lock)
     on_progress: Callable[[int], None]
     prepared_bytes: int = 1 << 20  # of one preprocessed image; corrected by the first
@@ -112,7 +113,7 @@ class ShardPipeline:
         self.shard = shard
         self.batch_size = batch_size
         self.tally = Tally()
-        limit = self.job.config.runner.queue_mib << 20
+        limit = stations.queue_bytes
         self.to_encode: ByteQueue[Future[_Prepared | RejectedSample]] = ByteQueue(limit)
         self.to_write: ByteQueue[list[_Carved]] = ByteQueue(limit)
         self._abandoned = threading.Event()
@@ -171,6 +172,7 @@ class ShardPipeline:
                 else:
                     self.tally.bytes_in += len(sample.image)
                     cost = len(sample.image) + self.stations.prepared_bytes
+                    cost += sum(map(len, sample.columns.values()))
                     self.to_encode.put(self.stations.decoders.submit(self._prepare, sample), cost)
         except QueueStoppedError:
             logger.debug("shard %s: reading ended early", self.shard.url)
@@ -217,7 +219,10 @@ class ShardPipeline:
             seconds["encode"] += encoded - started
             seconds["carve"] += time.perf_counter() - encoded
             done = [c for c in carved if c is not None]
-            self.to_write.put(done, sum(_num_bytes(c.tokens.features) for c in done))
+            num_bytes = sum(
+                _num_bytes(c.tokens.features) + text_bytes(c.image.columns) for c in done
+            )
+            self.to_write.put(done, num_bytes)
             self.stations.on_progress(len(batch))
 
     def _carve(self, group: VisualTokens, batch: list[_Prepared]) -> list[tuple[int, CarvedTokens]]:

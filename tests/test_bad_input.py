@@ -85,6 +85,26 @@ def test_a_signal_the_encoder_cannot_give_is_named_before_anything_starts(
     assert "change the carver's options or the encoder" in line
 
 
+@pytest.mark.parametrize(
+    ("section", "problem"),
+    [
+        ({"input": {"columns": ["packed"]}}, "packed is a column of the cache itself"),
+        ({"input": {"columns": ["aux"]}}, "aux is a column of the cache itself"),
+        ({"input": {"max_megapixels": float("inf")}}, "input.max_megapixels"),
+        ({"input": {"max_megapixels": 1e-9}}, "input.max_megapixels"),
+        ({"runner": {"heartbeat_s": float("inf")}}, "runner.heartbeat_s"),
+    ],
+)
+def test_values_that_cannot_be_are_named_before_anything_starts(
+    tmp_path: Path, values: dict, section: dict, problem: str
+) -> None:
+    (name,) = section
+    code, line = carve_run(tmp_path, {**values, name: {**values.get(name, {}), **section[name]}})
+
+    assert code == ExitCode.CONFIG
+    assert problem in line
+
+
 def test_a_model_that_is_not_there_is_named(tmp_path: Path, values: dict) -> None:
     encoder = {"name": "llava", "options": {"model": str(tmp_path / "nowhere")}}
 

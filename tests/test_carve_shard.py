@@ -1,7 +1,9 @@
 """One shard from its bytes to its commit, in one process."""
 
 import threading
-from dataclasses import replace
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,9 @@ from pipeline.encoders import Pixels
 from pipeline.errors import EncodeError, ShardError, StorageError
 from pipeline.job import Job, resolve_job
 from pipeline.plan import make_plan
+from pipeline.source import read_shard
 from pipeline.storage import open_store
+from pipeline.types import RejectedSample, Sample, VisualTokens
 from tests.fakes import FakeEncoder, encoded_image, fake_config, write_corpus, write_tar
 
 
@@ -343,3 +347,41 @@ def test_images_of_several_grids_keep_their_order(tmp_path: Path) -> None:
 
     for key in plain.keys():  # noqa: SIM118
         assert np.allclose(plain[key].features, mixed[key].features, atol=1e-6)
+
+
+def test_text_beside_the_images_counts_towards_what_is_read_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = b"x" * (1 << 20)
+    members = [
+        (f"k{number:02d}.{suffix}", content)
+        for number in range(40)
+        for suffix, content in (("jpg", encoded_image(number)), ("txt", text))
+    ]
+    write_tar(tmp_path / "in" / "shard.tar", members)
+    read: list[str] = []
+    ahead: list[int] = []
+
+    def watched(*args: object) -> Iterator[Sample | RejectedSample]:
+        for sample in read_shard(*args):
+            read.append(sample.key)
+            yield sample
+
+    @dataclass(kw_only=True)
+    class Slow(FakeEncoder):
+        def encode_pixels(self, prepared: Sequence[Pixels]) -> list[VisualTokens]:
+            if not ahead:
+                before = -1
+                while before != len(read):  # until the reader waits
+                    before = len(read)
+                    time.sleep(0.3)
+                ahead.append(len(read))
+            return super().encode_pixels(prepared)
+
+    monkeypatch.setattr("pipeline.shard_pipeline.read_shard", watched)
+    runner = {"num_actors": 1, "gpus_per_actor": 0, "batch_size": 4, "queue_mib": 4}
+    job = make_job(tmp_path / "in", tmp_path / "cache", encoder=Slow(), runner=runner)
+    (commit,) = carve_all(job)
+
+    assert commit.num_written == 40
+    assert ahead[0] <= 4 + 4 + 2  # a batch at the encoder, the queue, one at either end of it

@@ -1,5 +1,6 @@
 import io
 import struct
+import tracemalloc
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -108,6 +109,28 @@ def test_sixteen_bit_grey_is_scaled_and_not_clipped():
 
     np.testing.assert_array_equal(image[:, :, 0], np.arange(256).reshape(16, 16))
     np.testing.assert_array_equal(image[:, :, 0], image[:, :, 2])
+
+
+def test_a_large_picture_of_sixteen_bit_grey_takes_no_more_memory_than_one_of_colours():
+    values = np.zeros((2000, 2000), np.uint16)
+    data = encode(Image.fromarray(values), "PNG")
+    tracemalloc.start()  # knows of NumPy's memory, not of Pillow's
+
+    decode_image(data, key="k")
+
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 12 * values.size
+
+
+def test_a_machine_without_memory_is_no_fault_of_the_image(monkeypatch):
+    def refuse(_):
+        raise MemoryError
+
+    monkeypatch.setattr("pipeline.decode._to_rgb", refuse)
+
+    with pytest.raises(MemoryError):
+        decode_image(encode(Image.new("RGB", (8, 8)), "PNG"), key="k")
 
 
 def test_the_first_frame_of_an_animation_is_taken():

@@ -16,6 +16,7 @@ from pipeline.run_log import JsonFormatter, _TextFormatter
 from pipeline.run_report import FailedShard, RunReport
 from pipeline.source import expand_shards
 from pipeline.storage import open_store
+from pipeline.storage._backend import checked_url
 from pipeline.storage._retry import with_retries
 
 SECRET = "pLaNtEd0123456789SeCrEt"
@@ -158,3 +159,15 @@ def test_reports_of_a_run_hold_no_secret_of_a_foreign_error(tmp_path: Path) -> N
 )
 def test_what_is_no_secret_stays(text: str) -> None:
     assert without_secrets(text) == text
+
+
+@pytest.mark.parametrize(
+    "name", ["TOKENS_URL", "TOKEN_CACHE", "HF_TOKEN_PATH", "AWS_WEB_IDENTITY_TOKEN_FILE"]
+)
+def test_a_place_that_a_variable_names_is_no_secret(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "s3://bucket/visual-tokens")
+
+    assert without_secrets("no s3://bucket/visual-tokens/x") == "no s3://bucket/visual-tokens/x"
+    assert checked_url("s3://bucket/visual-tokens/run") == "s3://bucket/visual-tokens/run"

@@ -20,7 +20,7 @@ FORMAT_VERSIONS = (1, 2)
 RECORD_VERSION = 1
 """Of commit records and `snapshot.json`, which are the same in caches of all versions."""
 
-_JSON = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+_JSON = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 _UNIQUE_TABLE = re.compile(r"(shards|files|index|hidden)-[0-9a-f]{8}(-[0-9]{5,9})?\.parquet")
 

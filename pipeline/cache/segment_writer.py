@@ -1,5 +1,6 @@
 """Make a segment: of the rows of new commits, and of segments that it takes the place of."""
 
+import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ from pipeline.cache.commit import Commit
 from pipeline.cache.segment_reader import SegmentReader, join_files, with_files
 from pipeline.cache.snapshot_record import IndexFile, Segment, StoredTable
 from pipeline.cache.sorted_rows import ORDER, even_tables, merge_sorted
-from pipeline.cache.spool import Spool
+from pipeline.cache.spool import Spool, local_errors
 from pipeline.storage import Store
 
 Put = Callable[[str, pa.Table], StoredTable]
@@ -196,10 +197,11 @@ def _append(columns: dict[str, list[Any]], values: Sequence[Any]) -> None:
 
 def _spooled(tables: Iterable[pa.Table]) -> Spool:
     """Return a run in a temporary file."""
-    spool = Spool()
-    with pq.ParquetWriter(spool.path, layout.SEGMENT_SCHEMA, compression="zstd") as writer:
-        for table in tables:
-            writer.write_table(table, row_group_size=_RUN_ROWS // _MAX_RUNS)
+    with local_errors("a snapshot's rows", tempfile.gettempdir()):
+        spool = Spool()
+        with pq.ParquetWriter(spool.path, layout.SEGMENT_SCHEMA, compression="zstd") as writer:
+            for table in tables:
+                writer.write_table(table, row_group_size=_RUN_ROWS // _MAX_RUNS)
     return spool
 
 

@@ -2,7 +2,11 @@
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import IO, cast
+
+from pipeline.errors import StorageError
 
 DESCRIPTORS = "/proc/self/fd"
 
@@ -29,3 +33,20 @@ class Spool:
     def close(self) -> None:
         """Free the file; again does nothing."""
         self._file.close()
+
+
+@contextmanager
+def local_errors(what: str, folder: str) -> Iterator[None]:
+    """Turn errors of the local disk (full, say) into `StorageError`.
+
+    Args:
+        what: is being written.
+        folder: that it goes through.
+    """
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as err:
+        reason = " ".join(str(err).split())
+        raise StorageError(f"cannot write {what} by way of {folder}: {reason}") from err

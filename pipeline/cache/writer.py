@@ -6,7 +6,7 @@ import mmap
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -18,8 +18,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.cache import layout, pages, parquet, row
-from pipeline.cache.spool import Spool
-from pipeline.errors import StorageError
+from pipeline.cache.spool import Spool, local_errors
 from pipeline.storage import Store
 from pipeline.types import PackedTokens, RejectedSample, TileLayout
 
@@ -64,8 +63,8 @@ class ShardWriter:
         columns: names of the user's text columns.
         metadata: JSON that explains the numbers, stored in every part.
         format_version: how rows are stored; that of the cache.
-        row_group_bytes: a row group is closed when its tokens reach this size.
-        part_bytes: a part is closed when its tokens reach this size.
+        row_group_bytes: a row group is closed when its tokens and text reach this size.
+        part_bytes: a part is closed when its tokens and text reach this size.
     """
 
     store: Store
@@ -98,7 +97,7 @@ class ShardWriter:
     def write(self, row_to_write: RowToWrite) -> None:
         """Add one row; may write a row group."""
         self._rows.append(row_to_write)
-        self._pending_bytes += len(row_to_write.packed.tokens)
+        self._pending_bytes += _content_bytes(row_to_write)
         if self._pending_bytes >= self.row_group_bytes:
             self._flush()
 
@@ -156,7 +155,7 @@ class ShardWriter:
         self._part.write_row_group(self._rows, self.columns)
         self._rows = []
         self._pending_bytes = 0
-        if self._part.tokens_bytes >= self.part_bytes:
+        if self._part.content_bytes >= self.part_bytes:
             self._close_part()
 
     def _close_part(self) -> None:
@@ -185,7 +184,7 @@ class ShardWriter:
             return
         for folder in (Path(attempt), *Path(attempt).parents):
             if folder.is_relative_to(root):
-                with _local_errors(self.store.url, str(folder)):
+                with local_errors(self.store.url, str(folder)):
                     _sync(folder)
 
     def _write_table(self, path: str, kind: str, table: pa.Table) -> None:
@@ -204,6 +203,15 @@ class ShardWriter:
         )
 
 
+def text_bytes(columns: Mapping[str, str | None]) -> int:
+    """Return about how much memory a row's text takes: a byte a character."""
+    return sum(len(text) for text in columns.values() if text is not None)
+
+
+def _content_bytes(row_to_write: RowToWrite) -> int:
+    return len(row_to_write.packed.tokens) + text_bytes(row_to_write.columns)
+
+
 class _Part:
     """One Parquet part being written on local disk, then uploaded whole.
 
@@ -215,7 +223,7 @@ class _Part:
         self.store = store
         self.path = path
         self.schema = schema
-        self.tokens_bytes = 0
+        self.content_bytes = 0
         self._groups: list[list[tuple[Any, ...]]] = []  # what the index needs of each row
         local = store.local_path(path)
         self._spool: Spool | None = None
@@ -265,7 +273,7 @@ class _Part:
         table = pa.Table.from_arrays(arrays, schema=self.schema)
         with self._local_errors():
             self._writer.write_table(table, row_group_size=len(rows))
-        self.tokens_bytes += sum(len(r.packed.tokens) for r in rows)
+        self.content_bytes += sum(map(_content_bytes, rows))
         self._groups.append([_index_values(r, a) for r, a in zip(rows, aux, strict=True)])
 
     def _token_columns(
@@ -313,7 +321,7 @@ class _Part:
         return written, index
 
     def _local_errors(self) -> AbstractContextManager[None]:
-        return _local_errors(self.store.url_of(self.path), self._folder)
+        return local_errors(self.store.url_of(self.path), self._folder)
 
     def _index_rows(self, file: mmap.mmap, number: int) -> pa.Table:
         metadata = pq.read_metadata(self._on_disk)
@@ -360,18 +368,6 @@ def _footer_checksum(content: mmap.mmap, where: str) -> int:
     """Return the checksum of the footer of a whole Parquet file."""
     footer = parquet.footer_of(content[-8:], where=where)
     return parquet.footer_checksum(content[-footer:] if isinstance(footer, int) else footer)
-
-
-@contextmanager
-def _local_errors(url: str, folder: str) -> Iterator[None]:
-    """Turn errors of the local disk (full, say) into `StorageError`."""
-    try:
-        yield
-    except StorageError:
-        raise
-    except OSError as err:
-        reason = " ".join(str(err).split())
-        raise StorageError(f"cannot write {url} by way of {folder}: {reason}") from err
 
 
 def _sync(path: Path) -> None:

@@ -13,6 +13,7 @@ from transformers.models.llava_next.modeling_llava_next import (
     unpad_image,
 )
 
+from pipeline.errors import EncodeError
 from pipeline.types import TileLayout
 
 
@@ -34,6 +35,9 @@ def lay_out(
         tile_tokens: edge of its grid of tokens.
         max_tiles: a canvas of more tokens than 1.21 times those of so many tiles is resampled;
             None for never.
+
+    Raises:
+        EncodeError: the image is so elongated that none of its tiles' tokens would be left.
     """
     rows, columns = get_anyres_image_grid_shape(
         image_size, [list(p) for p in pinpoints], tile_pixels
@@ -41,6 +45,14 @@ def lay_out(
     height, width = rows * tile_tokens, columns * tile_tokens
     axes = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     kept = unpad_image(torch.stack(axes), image_size)
+    if not kept.numel():
+        size = f"{image_size[1]} x {image_size[0]} pixels"
+        raise EncodeError(
+            f"image of {size} is too elongated: on a canvas of {columns} x {rows} tiles it is less "
+            "than one token high or wide",
+            key="",
+            reason="too_elongated",
+        )
     (top, left), (bottom, right) = kept[:, 0, 0].tolist(), kept[:, -1, -1].tolist()
     unpadded = (top, bottom + 1, left, right + 1)
     return TileLayout(

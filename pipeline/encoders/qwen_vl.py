@@ -72,7 +72,7 @@ class QwenVl(OwnModelEncoder):
                 )
             except ValueError as err:
                 raise EncodeError(
-                    f"image of {size[0]} x {size[1]} pixels: {err}", key="", reason="too_elongated"
+                    f"image of {size[1]} x {size[0]} pixels: {err}", key="", reason="too_elongated"
                 ) from err
         if size != image.shape[:2]:
             image = RESIZERS[self.resize](image, size, int(own.resample), None)

@@ -102,19 +102,30 @@ class _Run:
                 with connected(signals):
                     Driver(job=self.job, todo=todo, report=report, signals=signals).run()
                     # At once: after a signal there may be little time left.
-                    report.save(store)
+                    self._save(store)
             except Exception as err:
                 report.fail(err)
-                report.save(store)
+                self._save(store)
                 raise
             signals.take()
-            self._check_visible(store, plan, todo)
         try:
-            self._make_snapshot(store, plan)
+            self._make_snapshot(store, plan, todo)
+        except Exception as err:
+            report.fail(err)
+            raise
         finally:
             report.finish()
             if todo:
-                report.save(store)
+                self._save(store)
+
+    def _save(self, store: Store) -> None:
+        """Store the report; what is committed does not depend on it."""
+        self.report.summary_error = None  # of an earlier try
+        try:
+            self.report.save(store)
+        except StorageError as err:
+            logger.error("the summary could not be stored: %s", err)  # noqa: TRY400  (one line)
+            self.report.summary_error = str(err)
 
     def _choose(self, store: Store, plan: Plan, *, retry_failed: bool) -> Sequence[ShardRef]:
         todo: Sequence[ShardRef] = plan.todo
@@ -148,9 +159,11 @@ class _Run:
             )
         self.report.num_committed -= len(hidden)
 
-    def _make_snapshot(self, store: Store, plan: Plan) -> None:
+    def _make_snapshot(self, store: Store, plan: Plan, todo: Sequence[ShardRef]) -> None:
         report = self.report
         try:
+            if todo:
+                self._check_visible(store, plan, todo)
             # May end anywhere: a snapshot is there once its last object is.
             with self.signals.interrupting() if not self.signals.requested else nullcontext():
                 snapshot = build_snapshot(store, plan.works)

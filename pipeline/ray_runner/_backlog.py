@@ -28,7 +28,8 @@ class Backlog:
     def take(self) -> Work:
         """Return the next shard, to be started now."""
         work = self.waiting.popleft()
-        self._num_begun += not work.attempts
+        self._num_begun += not work.begun
+        work.begun = True
         self.keep_limits()
         return work
 
@@ -39,7 +40,7 @@ class Backlog:
             self._put_aside(list(self.waiting), f"runner.max_hours={hours}")
         elif most is not None and self._num_begun >= most:
             # A shard that was begun is tried again: it counts already.
-            fresh = [work for work in self.waiting if not work.attempts]
+            fresh = [work for work in self.waiting if not work.begun]
             self._put_aside(fresh, f"runner.max_shards={most}")
 
     def close(self) -> None:

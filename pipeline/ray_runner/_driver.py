@@ -29,6 +29,7 @@ from pipeline.types import ShardRef
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.5
+_LOST = frozenset({"actor_lost", "actor_hung", "actor_replaced"})  # with other shards, perhaps
 _ABANDON_S = 10.0  # for actors to remove what they have written, at the end of a run
 _HURRY_S = 1.0  # the same after a signal: `ray job stop` kills 3 s after it
 
@@ -111,11 +112,11 @@ class Driver:
                 work.settled = True
                 self._count(commit)
         for work in left:
-            if work.attempts and self.stop_message:
+            if work.begun and self.stop_message:
                 reason, message = work.failure or ("stopped", self.stop_message)
                 self._give_up(work, reason, message)
-        self.report.num_not_started += sum(not work.attempts for work in left)
-        self.report.num_abandoned += sum(work.attempts > 0 and not work.settled for work in left)
+        self.report.num_not_started += sum(not work.begun for work in left)
+        self.report.num_abandoned += sum(work.begun and not work.settled for work in left)
         self.report.num_in_flight = 0
         self.report.batch_size = self.batch_size
         self.metrics.update(self.fleet, self.batch_size, at_end=True)
@@ -223,6 +224,7 @@ class Driver:
             return
         remedy, reason = diagnose(cause, batch_size=call.batch_size)
         if remedy is Remedy.STOP:
+            self._lay_down(call.work, reason, cause)
             raise cause
         if remedy is Remedy.GIVE_UP:
             self._give_up(call.work, reason, cause)
@@ -233,6 +235,13 @@ class Driver:
         else:
             self._retry(call.work, reason, cause)
             self._lose(actor, "actor_replaced", cause)
+
+    def _lay_down(self, work: Work, reason: str, cause: Exception) -> None:
+        """Have the shard at which the configuration showed to be wrong counted at the end."""
+        if self.report.num_committed:
+            self._give_up(work, reason, cause)
+        elif not work.num_calls:
+            self.backlog.waiting.appendleft(work)
 
     def _halve_batch(self, call: Call) -> None:
         """Try again with less; not an attempt, since the shard is not to blame."""
@@ -257,7 +266,9 @@ class Driver:
         if work.settled:
             return
         work.failure = reason, one_line(cause)
-        self.stumbled[work.shard.url] = work.failure
+        # One node that is lost takes many shards with it, which says nothing about any of them.
+        if reason not in _LOST or work.attempts > 1:
+            self.stumbled[work.shard.url] = work.failure
         if work.num_calls:  # its other attempt goes on
             self.report.retries[reason] += 1
             return

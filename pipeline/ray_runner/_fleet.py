@@ -31,6 +31,7 @@ class Work:
     """One shard on its way, over all attempts."""
 
     shard: ShardRef
+    begun: bool = False  # in this run; an attempt that ran out of memory is not counted as one
     attempts: int = 0
     num_calls: int = 0  # attempts at work now: two where the tail of a run is doubled
     settled: bool = False  # committed or given up; what still comes of it is of no interest

@@ -111,6 +111,18 @@ def test_duckdb_polars_and_hf_datasets_open_a_part(tmp_path: Path) -> None:
     assert tokens_of((r["key"], r["packed"], r["txt"]) for r in by_datasets) == expected
 
 
+def test_text_counts_towards_the_size_of_row_groups_and_parts(store: Store) -> None:
+    writer = make_writer(store, "shard", row_group_bytes=100_000, part_bytes=300_000)
+    with writer:
+        for number in range(30):
+            writer.write(make_row(f"k{number:03d}", num_tokens=2, text="x" * 30_000))
+        writer.finish([])
+
+    parts = [e.path for e in store.list("data") if "part-" in e.path]
+    groups = [open_part(store, path).metadata.num_row_groups for path in parts]
+    assert groups == [3, 3, 2]  # of four rows; four and four and four, the last of two
+
+
 def test_an_error_removes_the_attempt(store: Store) -> None:
     writer = make_writer(store, "shard", row_group_bytes=1, part_bytes=4000)
 

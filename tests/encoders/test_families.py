@@ -4,6 +4,7 @@ import json
 import pickle
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -157,9 +158,34 @@ def test_elongated_images_that_the_family_cannot_take_are_named(tmp_path):
     save_family(tmp_path, "qwen2_5_vl")
     encoder = encoders.build("qwen_vl", {"model": str(tmp_path)})
 
-    with pytest.raises(EncodeError, match="201 x 1 pixels") as caught:
+    with pytest.raises(EncodeError, match="1 x 201 pixels") as caught:
         encoder.preprocess(IMAGES[0][:201, :1])
     assert caught.value.reason == "too_elongated"
+
+
+SHAPES = [(1, 1), (1, 60), (60, 1), (1, 190), (1, 1000), (1000, 1), (10, 1000), (1000, 10)]
+
+
+def test_an_image_of_any_shape_is_taken_or_is_a_bad_sample(family):
+    """Another error would cost its whole shard."""
+    name, path, _ = family
+    encoder = build(name, path)
+    encoder.load()
+    taken, refused = 0, []
+
+    for height, width in SHAPES:
+        image = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        try:
+            prepared = encoder.preprocess(image)
+        except EncodeError as err:
+            refused.append((err.reason, f"{width} x {height} pixels" in str(err)))
+            continue
+        taken += 1
+        (group,) = encoder.encode_pixels([prepared])
+        assert group.features.isfinite().all()
+
+    assert taken
+    assert set(refused) <= {("too_elongated", True)}
 
 
 @pytest.mark.parametrize("name", ["internvl", "internvl_normed", "idefics3", "smolvlm"])

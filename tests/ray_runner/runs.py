@@ -23,8 +23,9 @@ MARKED_HEIGHT = 33  # of the one image that does harm, in the second shard
 class Harmful(FakeEncoder):
     """Harms its own process when it meets the marked image: `act` is what it does, and how often.
 
-    kill, hang, hang_hard (holding the interpreter's lock), stop (as a debugger would), raise;
-    each with `_once` or `_always`. `refuse_load` refuses to load, `load_for_ever` never has.
+    kill, hang, hang_hard (holding the interpreter's lock), stop (as a debugger would), raise,
+    misconfigure (say that the configuration is wrong); each with `_once` or `_always`.
+    `refuse_load` refuses to load, `load_for_ever` never has.
     """
 
     folder: str = ""
@@ -64,6 +65,8 @@ def _harm(act: str) -> None:
         re.match("(a+)+$", "a" * 60 + "b")  # for ages, and no other thread runs meanwhile
     elif act == "raise":
         raise RuntimeError("poison")
+    elif act == "misconfigure":
+        raise ConfigError("no driver on this node")
 
 
 def write_marked_corpus(folder: Path, *, num_shards: int) -> Path:

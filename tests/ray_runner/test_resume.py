@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from pipeline import open_cache
-from pipeline.errors import ConfigError, ExitCode
+from pipeline.errors import ConfigError, ExitCode, StorageError
 from pipeline.job import resolve_job
 from pipeline.ray_runner import run_job
+from pipeline.storage import Store
 from tests.fakes import FakeEncoder, encoded_image, fake_config, write_corpus, write_tar
 from tests.ray_runner.runs import make_job, run, summary
 
@@ -70,6 +71,19 @@ def test_a_shard_that_was_begun_is_tried_again_within_the_limit(tmp_path: Path) 
 
     assert (report.num_committed, report.num_not_started) == (2, 2)
     assert report.retries["actor_lost"] >= 1
+
+
+@pytest.mark.slow
+def test_a_shard_that_ran_out_of_memory_was_begun_and_goes_on_within_the_limit(
+    tmp_path: Path,
+) -> None:
+    job = make_job(
+        tmp_path, encoder=FakeEncoder(fail_above=1), batch_size=4, num_actors=1, max_shards=1
+    )
+    report = run_job(job)
+
+    assert report.retries["out_of_memory"] >= 1
+    assert (report.num_committed, report.num_not_started, report.num_abandoned) == (1, 3, 0)
 
 
 @pytest.mark.slow
@@ -157,3 +171,46 @@ def test_commits_the_driver_cannot_see_are_failures(tmp_path: Path) -> None:
 
     assert report.exit_code == ExitCode.NOTHING_COMMITTED
     assert {f.reason for f in report.failed} == {"not_shared"}
+
+
+@pytest.mark.slow
+def test_a_store_that_is_away_at_the_end_costs_no_more_than_the_snapshot_and_the_summary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    put = Store.put
+
+    def refuse(*_: object) -> None:
+        raise StorageError("cannot list: 503")
+
+    def put_but_summaries(store: Store, path: str, data: bytes) -> None:
+        if path.endswith("summary.json"):
+            raise StorageError("cannot write: 503")
+        put(store, path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.ray_runner.list_committed", refuse)
+        patch.setattr(Store, "put", put_but_summaries)
+        first = run(tmp_path)
+    second = run(tmp_path)
+
+    assert (first.exit_code, first.num_committed, first.snapshot) == (ExitCode.PARTIAL, 4, None)
+    assert (first.snapshot_error, first.summary_error) == ("cannot list: 503", "cannot write: 503")
+    assert "the summary could not be stored: cannot write: 503" in caplog.text
+    assert (second.exit_code, second.num_done_before) == (ExitCode.OK, 4)
+    assert second.snapshot is not None
+
+
+@pytest.mark.slow
+def test_an_error_that_nobody_foresaw_at_the_end_is_in_the_summary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crash(*_: object) -> None:
+        raise KeyError("a bug")
+
+    monkeypatch.setattr("pipeline.ray_runner.build_snapshot", crash)
+    with pytest.raises(KeyError):
+        run(tmp_path)
+
+    found = summary(tmp_path)
+    assert (found["exit_code"], found["error"]) == (ExitCode.CRASHED, "'a bug'")
+    assert found["shards"]["committed"] == 4

@@ -15,7 +15,7 @@ from pipeline.ray_runner import run_job
 from pipeline.storage import open_store
 from pipeline.types import VisualTokens
 from tests.fakes import FakeEncoder, encoded_image, write_corpus, write_tar
-from tests.ray_runner.runs import make_job, run, summary, write_marked_corpus
+from tests.ray_runner.runs import MARKED_HEIGHT, make_job, run, summary, write_marked_corpus
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
@@ -124,6 +124,33 @@ def test_a_fault_in_every_shard_stops_the_run_early_and_is_named(
     assert {f.reason for f in report.failed} <= {"RuntimeError", "actor_replaced"}
     assert {f.message for f in report.failed} == {"a bug"}
     assert re.search(r"stopping: .*RuntimeError.*a bug", caplog.text)
+
+
+@pytest.mark.slow
+def test_one_actor_that_is_lost_says_nothing_about_the_shards_it_had(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "in", num_shards=4, num_images=4)
+    marked = encoded_image(0, size=(40, MARKED_HEIGHT))
+    write_tar(tmp_path / "in" / "shard-00000.tar", [("marked.jpg", marked)])
+
+    report = run(tmp_path, "kill_once", num_actors=1, fail_fast_after=1)
+
+    assert (report.num_committed, report.exit_code) == (4, ExitCode.OK)
+    assert report.retries["actor_lost"] >= 1
+
+
+@pytest.mark.slow
+def test_a_node_that_is_set_up_wrongly_ends_the_run_and_its_shard_is_named(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "in", num_shards=4, num_images=4)
+    marked = encoded_image(0, size=(40, MARKED_HEIGHT))
+    write_tar(tmp_path / "in" / "shard-00003.tar", [("marked.jpg", marked)])
+
+    report = run(tmp_path, "misconfigure_always", num_actors=1)
+
+    assert (report.exit_code, report.stopped_by) == (ExitCode.PARTIAL, "config")
+    shards = {f.shard.rpartition("/")[2]: f for f in report.failed}
+    assert "no driver on this node" in shards["shard-00003.tar"].message
+    settled = report.num_committed + len(report.failed)
+    assert settled + report.num_abandoned + report.num_not_started == 4
 
 
 @dataclass(kw_only=True)
