@@ -10,13 +10,14 @@ from weakref import WeakValueDictionary
 
 
 class ForkLock:
-    """`threading.Lock` as a context manager; a fork waits until it is free, and leaves it free.
+    """A lock as a context manager; a fork waits until it is free, and leaves it free.
 
-    What is done under it must be short, take no other lock and not fork.
+    What is done under it must be short, take no other lock and not fork. Its thread may take it
+    again: what is collected as garbage while a fork holds all locks may need one.
     """
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()
         _LOCKS[id(self)] = self
 
     def __enter__(self) -> None:
@@ -28,7 +29,7 @@ class ForkLock:
 
 _LOCKS: WeakValueDictionary[int, ForkLock] = WeakValueDictionary()
 _FORKING = threading.Lock()  # two threads that fork at once would wait for each other
-_TAKEN: list[threading.Lock] = []
+_TAKEN: list[ForkLock] = []
 
 
 def _take_all() -> None:
@@ -36,12 +37,12 @@ def _take_all() -> None:
     for reference in _LOCKS.valuerefs():
         if (owner := reference()) is not None:
             owner.lock.acquire()
-            _TAKEN.append(owner.lock)
+            _TAKEN.append(owner)
 
 
 def _release_all() -> None:
     while _TAKEN:
-        _TAKEN.pop().release()
+        _TAKEN.pop().lock.release()
     _FORKING.release()
 
 

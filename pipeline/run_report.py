@@ -126,9 +126,14 @@ class RunReport:
             return ExitCode.INTERRUPTED
         if (self.failed or self.stopped_by) and not self.num_committed:
             return ExitCode.NOTHING_COMMITTED
-        if self.failed or self.stopped_by or self.num_duplicates:
-            return ExitCode.PARTIAL
-        return ExitCode.PARTIAL if self.snapshot_error or self.summary_error else ExitCode.OK
+        shortcomings = (
+            self.failed,
+            self.stopped_by,
+            self.num_duplicates,
+            self.snapshot_error,
+            self.summary_error,
+        )
+        return ExitCode.PARTIAL if any(shortcomings) else ExitCode.OK
 
     def to_json(self) -> Mapping[str, Any]:
         """Return what `summary.json` holds."""

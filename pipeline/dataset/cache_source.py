@@ -4,6 +4,7 @@ import logging
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -100,7 +101,7 @@ class CacheSource:
 
     def length(self, epoch: int) -> int:
         """Return how many rows an epoch has."""
-        return int(self._group_sizes().sum())
+        return self._num_rows
 
     def places(self, epoch: int, positions: Numbers) -> Places:
         """Return where the rows at some positions lie."""
@@ -209,6 +210,10 @@ class CacheSource:
         )
         self._orders = (order, *orders[:1])
         return order
+
+    @cached_property
+    def _num_rows(self) -> int:
+        return int(self._group_sizes().sum())
 
     def _group_sizes(self) -> Numbers:
         """Return how many rows of each row group are given."""

@@ -224,7 +224,8 @@ class Driver:
             return
         remedy, reason = diagnose(cause, batch_size=call.batch_size)
         if remedy is Remedy.STOP:
-            self._lay_down(call.work, reason, cause)
+            call.work.failure = reason, one_line(cause)  # it is counted at the end
+            self._put_back(call.work)
             raise cause
         if remedy is Remedy.GIVE_UP:
             self._give_up(call.work, reason, cause)
@@ -236,13 +237,6 @@ class Driver:
             self._retry(call.work, reason, cause)
             self._lose(actor, "actor_replaced", cause)
 
-    def _lay_down(self, work: Work, reason: str, cause: Exception) -> None:
-        """Have the shard at which the configuration showed to be wrong counted at the end."""
-        if self.report.num_committed:
-            self._give_up(work, reason, cause)
-        elif not work.num_calls:
-            self.backlog.waiting.appendleft(work)
-
     def _halve_batch(self, call: Call) -> None:
         """Try again with less; not an attempt, since the shard is not to blame."""
         self.report.retries[OUT_OF_MEMORY] += 1
@@ -252,8 +246,12 @@ class Driver:
             self.batch_size = smaller
             logger.warning("out of memory: batches of %d images from now on", smaller)
         call.work.attempts -= 1
-        if not call.work.settled and not call.work.num_calls:
-            self.backlog.waiting.appendleft(call.work)
+        self._put_back(call.work)
+
+    def _put_back(self, work: Work) -> None:
+        """Have a shard begun again next, unless its other attempt goes on or was first."""
+        if not work.settled and not work.num_calls:
+            self.backlog.waiting.appendleft(work)
 
     def _lose(self, actor: Member, reason: str, cause: Exception) -> None:
         """Forget an actor and try its shards elsewhere."""
