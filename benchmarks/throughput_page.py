@@ -109,7 +109,7 @@ def _intro(results: Mapping[str, Any]) -> str:
         *[f"- {name}: {value}" for name, value in where.items()],
         f"- {options['num_shards']} shards of {options['images_per_shard']} JPEG photographs, "
         f"640 x 480 at quality 90, {results['shard_bytes'] / images / 1000:.0f} kB each, on a "
-        "local disk",
+        f"local disk; of {results['no_tower_images_per_shard']} where no tower runs",
         f"- {results['date']}, {results['minutes']:.1f} minutes; load average "
         f"{results['load_at_start']:.1f} at the start, {results['load_at_end']:.1f} at the end",
     ]

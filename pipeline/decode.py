@@ -223,7 +223,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return Image.fromarray(high.clip(0, 255, out=high).astype(np.uint8)).convert("RGB")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # same colours; straight to RGB would warn
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy
 
 
 def _upright(image: Image.Image, orientation: int) -> Image.Image:

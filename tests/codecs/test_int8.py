@@ -172,3 +172,13 @@ def test_mixing_twice_multiplies_by_the_block(block):
     values = torch.arange(128.0 * 3).view(128, 3)
 
     assert torch.equal(hadamard(hadamard(values, block), block), values * block)
+
+
+@pytest.mark.parametrize("width", [1024, 1152, 3072])
+def test_a_token_is_rotated_to_the_same_bits_alone_and_among_many(width):
+    block = block_size(width)
+    values = torch.randn(width, 100, generator=torch.Generator().manual_seed(0))
+
+    alone = [hadamard(column.contiguous(), block) for column in values.split(1, dim=1)]
+
+    assert torch.equal(torch.cat(alone, dim=1), hadamard(values, block))
