@@ -68,8 +68,9 @@ def start(*command: object, **environment: str) -> subprocess.CompletedProcess[s
 def test_the_script_runs_a_config_and_says_when_nothing_is_left(
     tmp_path: Path, config: Path
 ) -> None:
-    first = start(sys.executable, "jobs/carve_dataset.py", "--config", config)
-    second = start(sys.executable, "jobs/carve_dataset.py", "--config", config)
+    command = (sys.executable, "jobs/carve_dataset.py", "--config", config)
+    first = start(*command, "--set", "runner.num_actors=1")
+    second = start(*command)
 
     assert first.returncode == 0, first.stderr
     assert "3 shards committed, 0 failed" in first.stdout
@@ -230,6 +231,7 @@ def fetch_json(url: str) -> dict[str, Any]:
         return json.load(reply)
 
 
+@pytest.mark.slow
 def test_a_submitted_job_gives_each_actor_its_own_gpu(tmp_path: Path, config: Path) -> None:
     # Enough of them that the second actor, which loads beside the first, still finds some.
     write_corpus(tmp_path / "in", num_shards=40, num_images=40)

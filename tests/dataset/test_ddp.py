@@ -184,6 +184,7 @@ def test_two_ranks_go_on_where_three_left_off(three_ranks, two_ranks, number: in
     assert taken + rest == in_steps(three_ranks["exact 0"])
 
 
+@pytest.mark.slow
 def test_a_dataset_that_was_made_before_the_ranks_is_shared_by_them(url, tmp_path: Path) -> None:
     begun = ranks.dataset_of(url, batch_size=4)
     state = [batch.state for batch in begun][2]

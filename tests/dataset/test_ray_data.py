@@ -66,6 +66,7 @@ def unpacked(rows: dict[str, np.ndarray], *, codec: Codec) -> dict[str, Any]:
     return {"key": rows["key"], "features": found}
 
 
+@pytest.mark.slow
 def test_ray_data_reads_the_committed_parts_and_decodes_them(
     cache: CarvedCache, ray_cluster: None
 ) -> None:

@@ -94,6 +94,7 @@ batchings = st.one_of(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(
     one=batchings,
@@ -271,6 +272,7 @@ def test_another_process_sets_the_epoch_of_its_own_dataset(cache: CarvedCache) -
     assert keys(iter(dataset)) == whole(cache)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_workers_of_another_process_are_told_its_second_epoch(cache: CarvedCache, start) -> None:
     """As of a rank that was started with its dataset, and sets no epoch before the first."""

@@ -34,6 +34,7 @@ def test_a_shard_that_kills_every_actor_is_given_up_and_the_rest_is_done(tmp_pat
     assert len(open_cache(str(tmp_path / "cache"))) == 12
 
 
+@pytest.mark.slow
 def test_a_poisoned_shard_is_reported_without_stopping_the_rest(tmp_path: Path) -> None:
     report = run(tmp_path, "raise_always", max_attempts=2)
 
@@ -73,6 +74,7 @@ def test_an_actor_that_is_stopped_is_killed_and_its_shard_done_elsewhere(tmp_pat
     assert report.actors_lost == {"actor_hung": 1}
 
 
+@pytest.mark.slow
 def test_weights_that_cannot_be_loaded_end_the_run_as_a_config_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such weights"):
         run(tmp_path, "refuse_load")

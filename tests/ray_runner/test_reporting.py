@@ -86,6 +86,7 @@ def scrape_until(run_id: str, name: str, value: float, seconds: float = 90) -> o
     return found
 
 
+@pytest.mark.slow
 def test_metrics_reach_the_prometheus_endpoint(eventful: Eventful) -> None:
     report = eventful.report
 

@@ -31,6 +31,7 @@ def signal_when(is_time: Callable[[], bool]) -> None:
     threading.Thread(target=wait_and_send, daemon=True).start()
 
 
+@pytest.mark.slow
 def test_a_signal_stops_the_run_and_the_next_one_finishes_it(tmp_path: Path) -> None:
     write_corpus(tmp_path / "in", num_shards=40, num_images=30)
     job = make_job(tmp_path)
