@@ -68,9 +68,9 @@ def start(*command: object, **environment: str) -> subprocess.CompletedProcess[s
 def test_the_script_runs_a_config_and_says_when_nothing_is_left(
     tmp_path: Path, config: Path
 ) -> None:
-    command = (sys.executable, "jobs/carve_dataset.py", "--config", config)
-    first = start(*command, "--set", "runner.num_actors=1")
-    second = start(*command)
+    settings = ("--config", config, "--set", "runner.num_actors=1")  # a start takes seconds
+    first = start(sys.executable, "jobs/carve_dataset.py", *settings)
+    second = start(sys.executable, "jobs/carve_dataset.py", *settings)
 
     assert first.returncode == 0, first.stderr
     assert "3 shards committed, 0 failed" in first.stdout

@@ -64,21 +64,17 @@ def hadamard(values_DK: Tensor, block: int) -> Tensor:
     Returns:
         (D, K), a new tensor unless `block` is 1.
     """
-    if values_DK.device.type == "cpu" and values_DK.numel() <= _NUMPY_VALUES:
-        return torch.from_numpy(_mix(np, values_DK.numpy(), block))
-    mixed_DK: Tensor = _mix(torch, values_DK, block)
-    return mixed_DK
-
-
-def _mix(library: Any, values_DK: Any, block: int) -> Any:  # noqa: ANN401
-    """Add and subtract in the arrays of NumPy or torch: the same sums, so the same bits."""
+    # Both take the same calls, and the same sums give the same bits.
+    by_numpy = values_DK.device.type == "cpu" and values_DK.numel() <= _NUMPY_VALUES
+    library: Any = np if by_numpy else torch
+    mixed_DK: Any = values_DK.numpy() if by_numpy else values_DK
     width, count = values_DK.shape
     span = 1
     while span < block:
-        pairs = values_DK.reshape(width // (2 * span), 2, span * count)
+        pairs = mixed_DK.reshape(width // (2 * span), 2, span * count)
         mixed = library.empty_like(pairs)
         library.add(pairs[:, 0], pairs[:, 1], out=mixed[:, 0])
         library.subtract(pairs[:, 0], pairs[:, 1], out=mixed[:, 1])
-        values_DK = mixed.reshape(width, count)
+        mixed_DK = mixed.reshape(width, count)
         span *= 2
-    return values_DK
+    return torch.as_tensor(mixed_DK)
